@@ -1,0 +1,72 @@
+"""The tensors behind the block numbers: per layer one pool of keys and one of values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .config import RuntimeConfig
+from .errors import ConfigError
+
+
+@dataclass(frozen=True)
+class KvCacheSpec:
+    """What one attention layer keeps per token: ``num_kv_heads`` keys of ``head_dim``, values of ``value_head_dim``."""
+
+    name: str
+    num_kv_heads: int
+    head_dim: int
+    value_head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        num_elements = self.num_kv_heads * (self.head_dim + self.value_head_dim)
+        return num_elements * int(self.dtype.itemsize)
+
+
+def bytes_per_block(specs: Sequence[KvCacheSpec], block_size: int) -> int:
+    """Bytes of one block over all layers, keys and values."""
+    return block_size * sum(spec.bytes_per_token for spec in specs)
+
+
+def num_blocks_for(specs: Sequence[KvCacheSpec], config: RuntimeConfig) -> int:
+    """``config.num_blocks`` if set, else the whole blocks that fit into ``config.kv_cache_bytes``."""
+    if config.num_blocks is not None:
+        return config.num_blocks
+    num_bytes = bytes_per_block(specs, config.block_size)
+    if num_bytes == 0:
+        raise ConfigError(
+            "no layer keeps keys and values, so kv_cache_bytes says nothing about num_blocks",
+            remedy="pass num_blocks",
+            field="num_blocks",
+        )
+    if num_bytes > config.kv_cache_bytes:
+        raise ConfigError(
+            f"kv_cache_bytes={config.kv_cache_bytes} does not hold one block of {num_bytes} bytes",
+            remedy=f"raise kv_cache_bytes to at least {num_bytes}, or lower block_size",
+            field="kv_cache_bytes",
+        )
+    return config.kv_cache_bytes // num_bytes
+
+
+def allocate_pools(
+    specs: Sequence[KvCacheSpec],
+    num_blocks: int,
+    block_size: int,
+    device: torch.device | str = "cpu",
+) -> dict[str, torch.Tensor]:
+    """Per spec ``{name}_key`` [num_blocks, block_size, num_kv_heads, head_dim] and ``{name}_value`` alike, all zero."""
+    pools: dict[str, torch.Tensor] = {}
+    for spec in specs:
+        for role, width in (("key", spec.head_dim), ("value", spec.value_head_dim)):
+            pool_name = f"{spec.name}_{role}"
+            if pool_name in pools:
+                raise ConfigError(
+                    f"two layers want a pool named {pool_name!r}", remedy="give each layer its own name", field="name"
+                )
+            shape = (num_blocks, block_size, spec.num_kv_heads, width)
+            pools[pool_name] = torch.zeros(shape, dtype=spec.dtype, device=device)
+    return pools

@@ -1,0 +1,97 @@
+"""Logits to tokens, row by row, so that a row's token never depends on its neighbours.
+
+Order and meaning of the steps are those of Hugging Face's ``TemperatureLogitsWarper``,
+``TopKLogitsWarper`` and ``TopPLogitsWarper``; the arithmetic is float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .errors import NumericalError
+from .request import SamplingParams
+
+NEGATIVE_INFINITY = float("-inf")
+
+
+def make_generator(seed: int | None) -> torch.Generator:
+    """The randomness of one sequence; ``None`` takes a seed from the operating system."""
+    generator = torch.Generator(device="cpu")
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    return generator
+
+
+def sample(
+    logits: torch.Tensor,
+    params: Sequence[SamplingParams],
+    generators: Sequence[torch.Generator],
+) -> list[int | NumericalError]:
+    """One token per row of ``logits`` [R, V] (floating), or the row's ``NumericalError``.
+
+    ``-inf`` marks a token that must not be chosen; NaN, ``+inf`` or a row of only ``-inf`` is an error.
+    """
+    # The largest logit is NaN if any is, +inf if any is, -inf if all are: one number tells a bad row.
+    largest, greedy_token_ids = logits.max(dim=-1)
+    is_usable = torch.isfinite(largest).tolist()
+    tokens: list[int | NumericalError] = []
+    for row, greedy_token_id in enumerate(greedy_token_ids.tolist()):
+        if not is_usable[row]:
+            tokens.append(_numerical_error(float(largest[row])))
+        elif params[row].temperature == 0:
+            tokens.append(greedy_token_id)
+        else:
+            tokens.append(_draw(warp(logits[row], params[row]), generators[row]))
+    return tokens
+
+
+def warp(row: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """Scale one row [V] by temperature, then set what top_k and then top_p remove to ``-inf``; float64 [V]."""
+    scores = row.to(torch.float64)
+    # Softmax does not see the shift, and a tiny temperature can no longer overflow to +inf.
+    scores = (scores - scores.max()) / params.temperature
+    if params.top_k > 0:
+        scores = _keep_top_k(scores, params.top_k)
+    if params.top_p < 1.0:
+        scores = _keep_top_p(scores, params.top_p)
+    return scores
+
+
+def _keep_top_k(scores: torch.Tensor, top_k: int) -> torch.Tensor:
+    smallest_kept = torch.topk(scores, min(top_k, scores.numel())).values[-1]
+    return scores.masked_fill(scores < smallest_kept, NEGATIVE_INFINITY)
+
+
+def _keep_top_p(scores: torch.Tensor, top_p: float) -> torch.Tensor:
+    probabilities = scores.softmax(dim=-1)
+    # V tokens of less than (1 - top_p) / V each add up to less than 1 - top_p, so all of them are removed;
+    # only the others need sorting. The factor keeps the largest token among them whatever the rounding.
+    is_small = probabilities < 0.5 * (1 - top_p) / scores.numel()
+    candidates = torch.nonzero(~is_small).squeeze(-1)
+    ascending, order = torch.sort(probabilities[candidates], stable=True)
+    cumulative = probabilities.masked_fill(~is_small, 0.0).sum() + ascending.cumsum(dim=-1)
+    is_kept = cumulative > 1 - top_p
+    is_kept[-1] = True
+    kept = candidates[order[is_kept]]
+    return torch.full_like(scores, NEGATIVE_INFINITY).index_copy(0, kept, scores[kept])
+
+
+def _draw(scores: torch.Tensor, generator: torch.Generator) -> int:
+    """Invert the cumulative distribution at one uniform number drawn on the CPU, on every device the same."""
+    cumulative = scores.softmax(dim=-1).cumsum(dim=-1)
+    uniform = float(torch.rand((), dtype=torch.float64, generator=generator))
+    # With side="right" a token of probability 0 is never met: it adds nothing to the sum.
+    token_id = int(torch.searchsorted(cumulative, uniform * float(cumulative[-1]), side="right"))
+    return min(token_id, int(torch.nonzero(scores > NEGATIVE_INFINITY)[-1]))
+
+
+def _numerical_error(largest: float) -> NumericalError:
+    return NumericalError(
+        f"the model's logits are not usable: their maximum is {largest}",
+        remedy="check the model's weights and dtype; in float16 an overflow is the usual cause",
+        field="logits",
+    )
