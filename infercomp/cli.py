@@ -1,0 +1,268 @@
+"""The command line: ``infercomp generate``, ``infercomp explain`` and ``infercomp demo``.
+
+torch is imported inside of the commands, after their options were checked: ``--help`` and a mistake
+in an option cost no seconds. An `InfercompError` is shown as a panel and ends with exit code 2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from infercomp.runtime.errors import InfercompError
+from infercomp.runtime.request import SamplingParams
+from infercomp.shell_input import (
+    DEMO_MODEL,
+    DtypeName,
+    chat_prompt,
+    checked_options,
+    example_inputs,
+    read_prompt,
+    resolve_model,
+    torch_dtype,
+)
+from infercomp.shell_output import passes_in_words, print_stats, print_stream, show_error, write_atomically
+
+if TYPE_CHECKING:
+    from infercomp.llm import LLM
+    from infercomp.report import Report
+
+EXIT_WRONG_ANSWER = 1
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
+
+DEMO_QUESTION = "What is the capital of France?"
+DEMO_ANSWER_CONTAINS = "Paris"
+_DEMO_PARAMS = SamplingParams(max_tokens=64, temperature=0.0)
+
+app = typer.Typer(
+    name="infercomp",
+    help="Compiles PyTorch transformers for inference, pass by visible pass.",
+    epilog="Start with [bold]infercomp demo[/]; see also [bold]infercomp generate --help[/]",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+_SAMPLING = "Sampling"
+_MODEL = "Model"
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A folder with config.json and safetensors, a .gguf file, a hub id, or the word [bold]demo[/].",
+        show_default=False,
+    ),
+]
+OptionsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option",
+        "-o",
+        metavar="KEY=VALUE",
+        help="An option of the compiler or the runtime, such as disable=fuse_rope or num_blocks=64. Repeatable.",
+        rich_help_panel=_MODEL,
+    ),
+]
+DtypeOption = Annotated[
+    DtypeName | None,
+    typer.Option(
+        metavar="TYPE",
+        help="Type of the parameters: float32, bfloat16, float16 or float64; the checkpoint's own if not given, "
+        "float32 for a quantised GGUF file.",
+        show_default=False,
+        rich_help_panel=_MODEL,
+    ),
+]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import infercomp
+
+        typer.echo(f"infercomp {infercomp.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(
+    epilog="""[bold]Examples[/]
+
+infercomp generate demo --chat --prompt "What is a compiler?"
+
+infercomp generate ./my-model -p "Once upon a time" --temperature 0.8 --seed 1
+
+cat notes.txt | infercomp generate org/name -p - --stop "###" --stats"""
+)
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", metavar="TEXT", help="Text to continue; - reads it from standard input.")
+    ],
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.", rich_help_panel=_SAMPLING)] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", rich_help_panel=_SAMPLING)] = 0.0,
+    top_k: Annotated[int, typer.Option(help="0 is off.", rich_help_panel=_SAMPLING)] = 0,
+    top_p: Annotated[float, typer.Option(help="1 is off.", rich_help_panel=_SAMPLING)] = 1.0,
+    seed: Annotated[
+        int | None, typer.Option(help="Same seed, same text.", show_default=False, rich_help_panel=_SAMPLING)
+    ] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="Text that ends the output. Repeatable.", rich_help_panel=_SAMPLING),
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask through the model's chat template.")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Print times and memory to standard error.")] = False,
+    dtype: DtypeOption = None,
+    option: OptionsOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Continue a text, or answer a question, printing it as it is generated."""
+    with _errors_shown(debug):
+        text = read_prompt(prompt)
+        params = SamplingParams(
+            max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop
+        )
+        llm = _load_llm(model, dtype, checked_options(option))
+        timing = print_stream(llm, chat_prompt(llm, text) if chat else text, params)
+        if stats:
+            print_stats(timing, Console(stderr=True))
+
+
+@app.command(
+    epilog="""[bold]Examples[/]
+
+infercomp explain demo
+
+infercomp explain ./my-model --no-verify -o disable=fuse_rope --json out.json
+
+infercomp explain ./my-model --dump stages"""
+)
+def explain(
+    model: ModelArgument,
+    prompt: Annotated[
+        str | None,
+        typer.Option("--prompt", "-p", metavar="TEXT", help="Verify on this text.", show_default=False),
+    ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify/--no-verify", help="Run the graph before and after each pass in float64 and compare them."
+        ),
+    ] = True,
+    json_file: Annotated[
+        str | None,
+        typer.Option("--json", metavar="FILE", help="Write the report as JSON; - prints it.", show_default=False),
+    ] = None,
+    dump: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Write the graph after each pass.", show_default=False),
+    ] = None,
+    dtype: DtypeOption = None,
+    option: OptionsOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Say what each pass did to the model, why it did no more, and how every op is executed."""
+    with _errors_shown(debug):
+        text = None if prompt is None else read_prompt(prompt)
+        options = {"verify": verify, **checked_options(option)}
+        if dump is not None:
+            options["dump"] = dump
+        report = _explained(model, dtype, options, text)
+        if json_file == "-":
+            typer.echo(report.to_json())
+            return
+        from infercomp.report import print_report
+
+        print_report(report, Console())
+        if json_file is not None:
+            write_atomically(json_file, report.to_json())
+
+
+@app.command(epilog="[bold]Example[/]\n\ninfercomp demo")
+def demo(debug: DebugOption = False) -> None:
+    """Ask a small real model for the capital of France; show the answer, what it cost, and every pass.
+
+    Ends with exit code 1 if the answer is wrong.
+    """
+    with _errors_shown(debug):
+        console = Console()
+        source = resolve_model(DEMO_MODEL)
+        console.print(f"{Path(source).name} on {os.cpu_count()} CPU cores", style="dim", highlight=False)
+        llm = _load_llm(source, None, {})
+        console.print(f"[bold]Question[/]  {DEMO_QUESTION}")
+        console.print("[bold]Answer[/]    ", end="")
+        timing = print_stream(llm, chat_prompt(llm, DEMO_QUESTION), _DEMO_PARAMS)
+        console.print()
+        print_stats(timing, console)
+        console.print()
+        console.print(passes_in_words(llm.report))
+        if DEMO_ANSWER_CONTAINS not in timing.text:
+            show_error(InfercompError(f"the answer does not contain {DEMO_ANSWER_CONTAINS!r}: {timing.text!r}"))
+            raise typer.Exit(EXIT_WRONG_ANSWER)
+
+
+def _load_llm(model: str, dtype: DtypeName | None, options: Mapping[str, Any]) -> LLM:
+    source = resolve_model(model)
+    from infercomp.llm import LLM
+
+    return LLM(source, dtype=torch_dtype(dtype), **options)
+
+
+def _explained(model: str, dtype: DtypeName | None, options: Mapping[str, Any], text: str | None) -> Report:
+    """The report of the graph that ``LLM`` would serve; no cache is allocated."""
+    source = resolve_model(model)
+    from infercomp.compiler import compile_graph
+    from infercomp.config import parse_options
+    from infercomp.loading.loader import load
+    from infercomp.served_model import capture_for_serving, position_limit
+
+    config = parse_options(options)
+    loaded = load(source, dtype=torch_dtype(dtype))
+    captured, examples = capture_for_serving(loaded.model, position_limit(loaded.model))
+    if text is not None:
+        examples = example_inputs(loaded, text, examples)
+    return compile_graph(captured, config, examples, serving=True).report
+
+
+@contextlib.contextmanager
+def _errors_shown(debug: bool) -> Iterator[None]:
+    """Turn a mistake of the user into a panel and exit code 2, and an interrupt into exit code 130."""
+    try:
+        yield
+    except InfercompError as error:
+        if debug:
+            Console(stderr=True).print_exception()
+        show_error(error)
+        raise typer.Exit(EXIT_ERROR) from None
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted", style="yellow")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+def main() -> None:
+    """The ``infercomp`` command."""
+    for stream in (sys.stdout, sys.stderr):
+        # A model may write any character; a terminal that cannot show one must not end the program.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    app()

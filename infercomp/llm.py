@@ -1,0 +1,244 @@
+"""``LLM``: a model, captured once, served by a paged engine. Names follow vLLM's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .compiler import compile_graph
+from .config import Config, parse_options
+from .loading.loader import check_vocabulary, load
+from .report import Report
+from .runtime.engine import Engine
+from .runtime.errors import InputError, ModelLoadError
+from .runtime.kv_pools import allocate_pools, num_blocks_for
+from .runtime.request import RequestOutput, SamplingParams, checked_prompt
+from .runtime.step import StepInputs
+from .served_model import ServedModel, capture_for_serving, end_of_sequence_ids, position_limit
+
+Prompt = str | Mapping[str, Any]
+_DEFAULT_MAX_MODEL_LEN = 2048
+
+
+class LLM:
+    """Generates from a causal language model with a KV cache that the compiler inserted.
+
+    ``model`` is a folder, a ``.gguf`` file, a hub id, or a module whose forward takes ``input_ids`` and
+    returns logits [1, tokens, vocabulary]; it is put in eval mode, and merged weights stay shared with
+    it. ``tokenizer`` is a Hugging Face tokenizer; without one, prompts are token ids. ``options`` are
+    those of ``infercomp.config.parse_options`` (``num_blocks``, ``max_num_seqs``, ``disable``, ``dump`` …).
+
+    Raises ModelLoadError for a bad source, CaptureError and ProofError for a model that cannot be
+    served with a cache, ConfigError for a bad option.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | torch.nn.Module,
+        tokenizer: Any = None,
+        *,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        self.config: Config = parse_options(options)
+        if isinstance(model, torch.nn.Module):
+            module = model if dtype is None else model.to(dtype)
+            check_vocabulary(module, tokenizer, type(module).__name__)
+        else:
+            loaded = load(model, dtype=dtype)
+            module, tokenizer = loaded.model, tokenizer or loaded.tokenizer
+        self.tokenizer = tokenizer
+        self.max_model_len = _max_model_len(module, self.config)
+        self.eos_token_ids = end_of_sequence_ids(module, tokenizer)
+        captured, examples = capture_for_serving(module.eval(), position_limit(module))
+        compiled = compile_graph(captured, self.config, examples, serving=True)
+        self.report: Report = compiled.report
+        self._served = ServedModel(compiled)
+        runtime = self.config.runtime
+        self.num_blocks = num_blocks_for(self._served.cache_specs, runtime)
+        pools = allocate_pools(self._served.cache_specs, self.num_blocks, runtime.block_size, self._served.device)
+        self._engine = Engine(
+            self._served.with_pools(pools),
+            runtime,
+            num_blocks=self.num_blocks,
+            max_model_len=self.max_model_len,
+            eos_token_ids=self.eos_token_ids,
+            tokenizer=tokenizer,
+            vocab_size=self._served.vocab_size,
+        )
+        self._num_requests = 0
+
+    @property
+    def stats(self) -> Any:
+        """Counters of the engine: steps, tokens, preemptions, peak blocks."""
+        return self._engine.stats
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete the prompts, all at once under the token budget; outputs come in the order of the prompts.
+
+        A prompt is a string or ``{"prompt_token_ids": [...]}``. ``use_tqdm`` shows a progress bar on a
+        terminal. A prompt that cannot be served raises before anything runs; if interrupted, every
+        request is dropped. A request whose logits are not numbers ends alone, with ``error`` set.
+        """
+        batch = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
+        params = _params_per_prompt(sampling_params, len(batch))
+        ids = self._add_all(batch, params)
+        finished: dict[str, RequestOutput] = {}
+        try:
+            with _progress(len(ids), use_tqdm) as advance:
+                while self._engine.has_unfinished_requests():
+                    for output in self._engine.step():
+                        if output.finished:
+                            finished[output.request_id] = output
+                            advance()
+        except BaseException:
+            self._engine.abort_all()
+            raise
+        return [finished[request_id] for request_id in ids]
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[str]:
+        """Yield the completion's text in pieces as it is generated; closing the iterator drops the request."""
+        if self.tokenizer is None:
+            raise InputError("streaming yields text, which needs a tokenizer", field="tokenizer", remedy="use generate")
+        params = sampling_params or SamplingParams()
+        if params.n != 1:
+            raise InputError("a stream has one completion", field="n", remedy="use n=1, or generate")
+        request_id = self._add_all([prompt], [params])[0]
+        return self._pieces(request_id)
+
+    def _pieces(self, request_id: str) -> Iterator[str]:
+        num_shown = 0
+        try:
+            while self._engine.has_unfinished_requests():
+                for output in self._engine.step():
+                    if output.request_id == request_id:
+                        completion = output.outputs[0]
+                        if completion.error is not None:
+                            raise completion.error
+                        if len(completion.text) > num_shown:
+                            yield completion.text[num_shown:]
+                            num_shown = len(completion.text)
+        finally:
+            self._engine.abort_request(request_id)
+
+    def chat(
+        self, messages: Sequence[Mapping[str, str]], sampling_params: SamplingParams | None = None
+    ) -> RequestOutput:
+        """Answer a conversation (``[{"role": "user", "content": …}]``) through the tokenizer's chat template."""
+        if getattr(self.tokenizer, "chat_template", None) is None:
+            raise InputError(
+                "the tokenizer has no chat template", field="messages", remedy="use generate with a prompt"
+            )
+        encoded = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+        return self.generate({"prompt_token_ids": list(encoded["input_ids"])}, sampling_params)[0]
+
+    def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Teacher-forced logits [tokens, vocabulary] of one sequence, computed through a cache of its own."""
+        tokens = checked_prompt(token_ids, self.max_model_len + 1, self._served.vocab_size)
+        runtime = self.config.runtime
+        num_blocks = -(-len(tokens) // runtime.block_size)
+        pools = allocate_pools(self._served.cache_specs, num_blocks, runtime.block_size, self._served.device)
+        model = self._served.with_pools(pools)
+        chunk = runtime.max_num_batched_tokens
+        rows = [
+            model(_whole_rows(tokens, start, min(start + chunk, len(tokens)), num_blocks))
+            for start in range(0, len(tokens), chunk)
+        ]
+        return torch.cat(rows)
+
+    def _add_all(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[str]:
+        """Queue every prompt, or none: the first that cannot be served drops those before it."""
+        encoded = [self._encoded(prompt) for prompt in prompts]
+        ids: list[str] = []
+        try:
+            for (text, tokens), one in zip(encoded, params, strict=True):
+                request_id = str(self._num_requests)
+                self._engine.add_request(request_id, tokens, one, text)
+                self._num_requests += 1
+                ids.append(request_id)
+        except BaseException:
+            for request_id in ids:
+                self._engine.abort_request(request_id)
+            raise
+        return ids
+
+    def _encoded(self, prompt: Prompt) -> tuple[str | None, Sequence[int]]:
+        if isinstance(prompt, Mapping):
+            if "prompt_token_ids" not in prompt:
+                raise InputError(
+                    f"a prompt given as a mapping needs 'prompt_token_ids', got {sorted(map(str, prompt))}",
+                    field="prompt",
+                    remedy='pass {"prompt_token_ids": [...]} or a string',
+                )
+            return prompt.get("prompt"), prompt["prompt_token_ids"]
+        if not isinstance(prompt, str):
+            raise InputError(
+                f"a prompt is a string or a mapping, got {type(prompt).__name__}",
+                field="prompt",
+                remedy='pass a string or {"prompt_token_ids": [...]}',
+            )
+        if self.tokenizer is None:
+            raise InputError(
+                "a text prompt needs a tokenizer",
+                field="prompt",
+                remedy='pass LLM(model, tokenizer), or {"prompt_token_ids": [...]}',
+            )
+        if not prompt:
+            raise InputError("the prompt is empty", field="prompt", remedy="pass at least one character")
+        return prompt, self.tokenizer(prompt)["input_ids"]
+
+
+def _whole_rows(tokens: list[int], start: int, end: int, num_blocks: int) -> StepInputs:
+    """A step over tokens start…end of one sequence whose blocks are 0, 1, 2 …, with logits for every row."""
+    positions = torch.arange(start, end)
+    return StepInputs(
+        input_ids=torch.tensor(tokens[start:end]),
+        positions=positions,
+        slot_mapping=positions,
+        block_tables=torch.arange(num_blocks)[None],
+        seq_lens=torch.tensor([end]),
+        query_start_loc=torch.tensor([0, end - start]),
+        logits_indices=torch.arange(end - start),
+    )
+
+
+def _params_per_prompt(
+    params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
+) -> Sequence[SamplingParams]:
+    if params is None:
+        params = SamplingParams()
+    if isinstance(params, SamplingParams):
+        return [params] * num_prompts
+    if len(params) != num_prompts:
+        raise InputError(
+            f"{len(params)} sampling_params for {num_prompts} prompts",
+            field="sampling_params",
+            remedy="pass one for all, or one for each",
+        )
+    return params
+
+
+def _max_model_len(module: torch.nn.Module, config: Config) -> int:
+    limit, wanted = position_limit(module), config.runtime.max_model_len
+    if wanted is not None and limit is not None and wanted > limit:
+        raise ModelLoadError(
+            f"max_model_len={wanted} is beyond the model's {limit} positions",
+            field="max_model_len",
+            remedy=f"use at most {limit}",
+        )
+    return wanted or limit or _DEFAULT_MAX_MODEL_LEN
+
+
+def _progress(num_requests: int, wanted: bool) -> Any:
+    from .progress import request_progress
+
+    return request_progress(num_requests, wanted)

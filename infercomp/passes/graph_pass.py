@@ -1,0 +1,133 @@
+"""What a pass is, and what the frame lets it do: claim a match, replace a node, say why not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..codegen.model_graph import ModelGraph, source_line
+from .config import PassConfig
+
+InputAdapter = Callable[[Mapping[str, Any]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class NumericClass:
+    """How far a pass may move the outputs; ``bound`` is the relative error allowed.
+
+    It is measured in float64, or in the graph's own dtypes where ``is_widened`` is False.
+    """
+
+    name: str
+    bound: float
+    is_widened: bool = True
+
+
+EXACT = NumericClass("exact", 1e-9)
+# The same calls on the same values: holds in the graph's own dtypes, and only there.
+BIT_IDENTICAL = NumericClass("bit-identical", 0.0, is_widened=False)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One match: ``replaced`` maps each old node's name to the name of the node now in its place."""
+
+    index: int
+    node: str
+    where: str | None
+    replaced: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    """A place that looked like a match, with the reason why it is none."""
+
+    node: str
+    reason: str
+    where: str | None
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A named rewrite. ``run(model_graph, context)`` does only its own work; the frame does the rest.
+
+    ``after`` names passes that must stand earlier in the pipeline; ``serving`` passes run only for
+    ``LLM``; ``optional`` is False for a pass that serving cannot do without.
+    """
+
+    name: str
+    run: Callable[[ModelGraph, PassContext], None]
+    numeric_class: NumericClass = EXACT
+    after: tuple[str, ...] = ()
+    serving: bool = False
+    optional: bool = True
+
+
+@dataclass
+class MatchBudget:
+    """Matches that may still be applied over the whole pipeline; None is no limit."""
+
+    remaining: int | None
+
+    def spend(self) -> bool:
+        if self.remaining is None:
+            return True
+        self.remaining -= 1
+        return self.remaining >= 0
+
+
+class PassContext:
+    """The frame's side of one pass run."""
+
+    def __init__(self, name: str, config: PassConfig, budget: MatchBudget) -> None:
+        self.name = name
+        self.sites: list[Site] = []
+        self.near_misses: list[NearMiss] = []
+        self.num_skipped = 0
+        self.input_adapter: InputAdapter | None = None
+        self._disabled = frozenset(config.disable)
+        self._budget = budget
+        self._num_candidates = 0
+
+    def claim(self, node: fx.Node) -> Site | None:
+        """A site for a match at ``node``, or None where the user switched it off or the limit is reached.
+
+        Indices count candidates, applied or not, so that ``pass#12`` names the same place in every run.
+        """
+        index, self._num_candidates = self._num_candidates, self._num_candidates + 1
+        if self.name in self._disabled or f"{self.name}#{index}" in self._disabled or not self._budget.spend():
+            self.num_skipped += 1
+            return None
+        site = Site(index, node.name, source_line(node))
+        self.sites.append(site)
+        return site
+
+    def replace(self, site: Site, old: fx.Node, new: fx.Node) -> None:
+        """Put ``new`` in the place of ``old`` in every use."""
+        old.replace_all_uses_with(new, propagate_meta=False)
+        site.replaced[old.name] = new.name
+
+    def near_miss(self, node: fx.Node, reason: str) -> None:
+        self.near_misses.append(NearMiss(node.name, reason, source_line(node)))
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """What one pass did: counts, places, reasons, cost in milliseconds, measured float64 error."""
+
+    name: str
+    numeric_class: str
+    matches: int
+    skipped: int
+    sites: tuple[Site, ...]
+    near_misses: tuple[NearMiss, ...]
+    milliseconds: float
+    max_error: float | None = None
+
+
+def is_float_tensor(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()

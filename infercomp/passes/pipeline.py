@@ -1,0 +1,123 @@
+"""The pipeline is one tuple; the runner does for every pass what is common to all.
+
+Standardise first (``recognize_*``, ``fuse_rope``), then optimise (``merge_*``), then serve
+(``page_attention``, ``select_logit_rows``). A new model needs a new recogniser, a new optimisation none.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..codegen.model_graph import ModelGraph
+from ..runtime.errors import PassError
+from .config import PassConfig, check_pass_names
+from .fold_constants import FOLD_CONSTANTS
+from .fuse_rope import FUSE_ROPE
+from .graph_pass import MatchBudget, Pass, PassContext, PassRecord
+from .merge_linears import MERGE_LINEARS
+from .normalize import NORMALIZE
+from .page_attention import PAGE_ATTENTION
+from .recognize_attention import RECOGNIZE_ATTENTION
+from .recognize_gated_mlp import RECOGNIZE_GATED_MLP
+from .recognize_linear import RECOGNIZE_LINEAR
+from .recognize_masks import RECOGNIZE_MASKS
+from .recognize_norm import RECOGNIZE_NORM
+from .select_logit_rows import SELECT_LOGIT_ROWS
+from .verify import check_structure, measure, output_values, tape_of
+
+PIPELINE: tuple[Pass, ...] = (
+    NORMALIZE,
+    RECOGNIZE_LINEAR,
+    RECOGNIZE_NORM,
+    FUSE_ROPE,
+    RECOGNIZE_ATTENTION,
+    RECOGNIZE_MASKS,
+    RECOGNIZE_GATED_MLP,
+    FOLD_CONSTANTS,
+    MERGE_LINEARS,
+    PAGE_ATTENTION,
+    SELECT_LOGIT_ROWS,
+)
+
+OnChange = Callable[[int, str, ModelGraph, Mapping[str, Any] | None], None]
+
+
+def pass_names(pipeline: tuple[Pass, ...] = PIPELINE) -> tuple[str, ...]:
+    return tuple(graph_pass.name for graph_pass in pipeline)
+
+
+def check_order(pipeline: tuple[Pass, ...]) -> None:
+    """Raise PassError where a pass stands before one that it declares to come after."""
+    seen: set[str] = set()
+    for graph_pass in pipeline:
+        missing = [name for name in graph_pass.after if name not in seen]
+        if missing:
+            raise PassError(
+                f"{graph_pass.name} must come after {', '.join(missing)}",
+                pass_name=graph_pass.name,
+                remedy="reorder the pipeline tuple",
+            )
+        seen.add(graph_pass.name)
+
+
+def run_pipeline(
+    model_graph: ModelGraph,
+    config: PassConfig,
+    *,
+    serving: bool = False,
+    example_inputs: Mapping[str, Any] | None = None,
+    pipeline: tuple[Pass, ...] = PIPELINE,
+    on_change: OnChange | None = None,
+) -> tuple[PassRecord, ...]:
+    """Run the passes in order on ``model_graph``, in place; one record a pass.
+
+    ``example_inputs`` (by placeholder name) are needed for ``config.verify``. Raises ConfigError for
+    an unknown pass name, VerificationError where a pass breaks the graph or leaves its class.
+    """
+    check_pass_names(config, pass_names(pipeline))
+    check_order(pipeline)
+    budget = MatchBudget(config.limit)
+    inputs = example_inputs
+    records = []
+    for index, graph_pass in enumerate(pipeline, start=1):
+        if graph_pass.serving and not serving:
+            continue
+        record, inputs = _run_pass(graph_pass, model_graph, config, budget, inputs)
+        if record.matches and on_change is not None:
+            on_change(index, graph_pass.name, model_graph, inputs)
+        records.append(record)
+    return tuple(records)
+
+
+def _run_pass(
+    graph_pass: Pass,
+    model_graph: ModelGraph,
+    config: PassConfig,
+    budget: MatchBudget,
+    inputs: Mapping[str, Any] | None,
+) -> tuple[PassRecord, Mapping[str, Any] | None]:
+    """The pass's record, and the example inputs as the graph takes them after it."""
+    context = PassContext(graph_pass.name, config, budget)
+    before = tape_of(model_graph) if config.verify else []
+    outputs_before = output_values(model_graph)
+    start = time.perf_counter()
+    graph_pass.run(model_graph, context)
+    milliseconds = (time.perf_counter() - start) * 1e3
+    check_structure(model_graph, None if graph_pass.serving else outputs_before, graph_pass.name)
+    inputs_after = inputs if inputs is None or context.input_adapter is None else context.input_adapter(inputs)
+    max_error = None
+    if config.verify and context.sites and inputs is not None and inputs_after is not None:
+        max_error = measure(before, inputs, model_graph, inputs_after, context, graph_pass.numeric_class)
+    record = PassRecord(
+        name=graph_pass.name,
+        numeric_class=graph_pass.numeric_class.name,
+        matches=len(context.sites),
+        skipped=context.num_skipped,
+        sites=tuple(context.sites),
+        near_misses=tuple(context.near_misses),
+        milliseconds=milliseconds,
+        max_error=max_error,
+    )
+    return record, inputs_after
