@@ -117,7 +117,8 @@ def _from_exported(program: torch.export.ExportedProgram) -> ModelGraph:
         if spec.kind is InputKind.USER_INPUT:
             inputs.append(spec.arg.name)
             continue
-        model_graph.weights[spec.arg.name] = values[spec.target].detach()
+        # The parameter itself, not an alias: a merge makes it a view of the merged tensor, and no second copy stays.
+        model_graph.weights[spec.arg.name] = values[spec.target]
         model_graph.weight_sources[spec.arg.name] = spec.target
     model_graph.input_names = tuple(inputs)
     model_graph.mutated_inputs = tuple(_mutated_inputs(program))

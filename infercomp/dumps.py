@@ -42,8 +42,9 @@ class Dump:
         self._num_weight_files = 0
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            for stale in (*directory.glob("[0-9][0-9]_*.py"), *directory.glob("*.safetensors")):
-                stale.unlink()
+            for pattern in ("[0-9][0-9]_*.py", "*.safetensors", "report.json"):
+                for stale in directory.glob(pattern):
+                    stale.unlink()
         except OSError as error:
             raise ConfigError(
                 f"the dump folder cannot be written: {error.strerror}",

@@ -11,6 +11,8 @@ import torch
 from .compiler import compile_graph
 from .config import Config, parse_options
 from .loading.loader import check_vocabulary, load
+from .passes.config import check_pass_names
+from .passes.pipeline import pass_names
 from .report import Report
 from .runtime.engine import Engine
 from .runtime.errors import InputError, ModelLoadError
@@ -44,6 +46,7 @@ class LLM:
         **options: Any,
     ) -> None:
         self.config: Config = parse_options(options)
+        check_pass_names(self.config.passes, pass_names())
         if isinstance(model, torch.nn.Module):
             module = model if dtype is None else model.to(dtype)
             check_vocabulary(module, tokenizer, type(module).__name__)

@@ -83,24 +83,17 @@ def _merged_record(records: list[PassRecord]) -> PassRecord:
 
 
 def print_report(report: Report, console: Any) -> None:
-    """The report as tables: passes, near misses with their reasons, and how ops are executed."""
-    from rich.table import Table
-
-    passes = Table("pass", "class", "matches", "near misses", "ms", "float64 error", title="passes")
+    """The report as tables that fit 80 columns: passes (matches applied, switched off, missed; float64
+    error where measured), near misses with their reasons, and how ops are executed."""
+    passes = _table("passes", "pass", "class", "matches", "off", "missed", "ms", "error")
     for record in report.passes:
         error = "" if record.max_error is None else f"{record.max_error:.1e}"
-        skipped = f" (+{record.skipped} switched off)" if record.skipped else ""
-        passes.add_row(
-            record.name,
-            record.numeric_class,
-            f"{record.matches}{skipped}",
-            str(len(record.near_misses)),
-            f"{record.milliseconds:.1f}",
-            error,
-        )
+        counts = (record.matches, record.skipped or "", len(record.near_misses))
+        milliseconds = f"{record.milliseconds:.0f}"
+        passes.add_row(record.name, record.numeric_class, *map(str, counts), milliseconds, error)
     console.print(passes)
     _print_near_misses(report, console)
-    ops = Table("op", "executed as", "calls", title="ops")
+    ops = _table("ops", "op", "executed as", "calls")
     for execution in report.executions:
         ops.add_row(execution.op, execution.how, str(execution.calls))
     console.print(ops)
@@ -108,7 +101,19 @@ def print_report(report: Report, console: Any) -> None:
         console.print(f"fallback: {fallback}")
 
 
+def _table(title: str, *headings: str) -> Any:
+    """A light table whose first two columns are text and never cut, and whose others are numbers."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
+    for position, heading in enumerate(headings):
+        table.add_column(heading, no_wrap=True, justify="left" if position < 2 else "right")
+    return table
+
+
 def _print_near_misses(report: Report, console: Any) -> None:
+    from rich import box
     from rich.table import Table
 
     reasons: dict[tuple[str, str, str], int] = {}
@@ -118,7 +123,8 @@ def _print_near_misses(report: Report, console: Any) -> None:
             reasons[key] = reasons.get(key, 0) + 1
     if not reasons:
         return
-    table = Table("pass", "why it did not match", "where", "times", title="near misses")
+    table = Table("pass", "why it did not match", "where", "times", title="near misses", box=box.SIMPLE_HEAD)
+    table.title_justify = "left"
     for (name, reason, where), times in reasons.items():
         table.add_row(name, reason, where, str(times))
     console.print(table)

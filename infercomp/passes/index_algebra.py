@@ -94,7 +94,10 @@ def _as_boolean(value: Any) -> Any:
 def _compare(relation: Callable[[Any, Any], Any], left: Any, right: Any) -> Any:
     """A comparison whose sides may be Piecewise: distributed over their branches."""
     left, right = _as_number(left), _as_number(right)
-    for side, rebuild in ((left, lambda e: _compare(relation, e, right)), (right, lambda e: _compare(relation, left, e))):
+    for side, rebuild in (
+        (left, lambda e: _compare(relation, e, right)),
+        (right, lambda e: _compare(relation, left, e)),
+    ):
         if isinstance(side, sympy.Piecewise):
             result: Any = sympy.false
             for expression, condition in reversed(side.args):
@@ -136,15 +139,14 @@ class IndexEvaluator:
 
     def _placeholder(self, node: fx.Node, index: Index) -> Value:
         tensor = self._model_graph.weights.get(node.name)
-        if tensor is not None and node.name not in self._model_graph.weight_sources or self._is_frozen(node):
+        if tensor is None:
+            return opaque(node, index)
+        if node.name not in self._model_graph.weight_sources or self._model_graph.frozen:
             if tensor.numel() == 1:
                 return _number(tensor.item())
             table = _distance_table(tensor, index)
             return opaque(node, index) if table is None else table
         return opaque(node, index)
-
-    def _is_frozen(self, node: fx.Node) -> bool:
-        return self._model_graph.frozen and node.name in self._model_graph.weights
 
     def operand(self, operand: Any, node: fx.Node, index: Index) -> Value:
         """An operand of ``node`` that broadcasts against it, at node's index."""
@@ -209,10 +211,9 @@ def _arithmetic(evaluator: IndexEvaluator, node: fx.Node, index: Index) -> Value
 
 
 def _piecewise_arithmetic(function: Callable[[Any, Any], Any], left: Any, right: Any) -> Any:
-    if sympy.oo in (left, right) or -sympy.oo in (left, right):
-        # Infinity times a branch that may be zero has no value to reason about; sums keep it.
-        if function is operator.mul:
-            return None
+    # Infinity times a branch that may be zero has no value to reason about; sums keep it.
+    if function is operator.mul and not {sympy.oo, -sympy.oo}.isdisjoint((left, right)):
+        return None
     for side, rebuild in (
         (left, lambda e: _piecewise_arithmetic(function, e, right)),
         (right, lambda e: _piecewise_arithmetic(function, left, e)),
@@ -310,7 +311,8 @@ def _expand(evaluator: IndexEvaluator, node: fx.Node, index: Index) -> Value:
 
 
 def _slice(evaluator: IndexEvaluator, node: fx.Node, index: Index) -> Value | None:
-    source, dim, start, _end, step = (*node.args, *(None, 0, 0, None, 1)[len(node.args) :])
+    operands: tuple[Any, ...] = (*node.args, *(None, 0, 0, None, 1)[len(node.args) :])
+    source, dim, start, _end, step = operands
     begin = size_expression(0 if start is None else start)
     if begin.is_number and begin < 0 and isinstance(shape_of(source)[dim], int):
         begin = sympy.Max(begin + shape_of(source)[dim], 0)
@@ -405,7 +407,8 @@ _HANDLERS: dict[Any, Callable[[IndexEvaluator, fx.Node, Index], Value | None]] =
     **dict.fromkeys((aten._to_copy.default, aten.to.dtype), _cast),
     **dict.fromkeys((aten.alias.default, aten.clone.default, aten.detach.default), _same_value),
     **dict.fromkeys(_CONSTANT_FILL, _fill),
-    **dict.fromkeys((aten.full.default, aten.full_like.default, aten.new_full.default, aten.scalar_tensor.default), _full),
+    **dict.fromkeys((aten.full.default, aten.full_like.default, aten.new_full.default), _full),
+    aten.scalar_tensor.default: _full,
     **dict.fromkeys((aten.tril.default, aten.triu.default), _triangle),
     **dict.fromkeys((aten.reshape.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default), _reshape),
     aten.unsqueeze.default: _unsqueeze,

@@ -145,7 +145,7 @@ def _at_least(expression: sympy.Expr, bound: int) -> bool:
     sizes = sorted(expression.free_symbols, key=str)
     if any(not expression.coeff(size, 1).is_number or expression.coeff(size, 1) < 0 for size in sizes):
         return False
-    at_one = expression.subs({size: 1 for size in sizes})
+    at_one = expression.subs(dict.fromkeys(sizes, 1))
     return bool(at_one.is_number and at_one >= bound)
 
 
@@ -216,7 +216,11 @@ def _node_of(model_graph: ModelGraph, function: Any) -> fx.Node | None:
 
 
 def _cell(expression: Any, query: int, key: int) -> str:
-    value = expression.subs({QUERY: query, KEY: key, HEAD: 0, BATCH: 0}) if isinstance(expression, sympy.Basic) else expression
+    value = (
+        expression.subs({QUERY: query, KEY: key, HEAD: 0, BATCH: 0})
+        if isinstance(expression, sympy.Basic)
+        else expression
+    )
     if is_true(value):
         return "#"
     if is_false(value) or value == -sympy.oo:

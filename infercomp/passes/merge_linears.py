@@ -5,8 +5,8 @@
                                                                      q = slice(y, …); k = …; v = …
 
 Hand-walked, since the number of linears varies. The parameters become views of the merged weight
-when weights are bound, so no second copy is kept. Linears that already stand in different orders of
-the graph, differ in layout, or have a bias on some only are left alone.
+when weights are bound, so no second copy is kept. Those with a bias and those without are merged
+apart; weights that are stored [K, N], tied, or used elsewhere are left alone.
 """
 
 from __future__ import annotations
@@ -35,8 +35,6 @@ def _why_not(model_graph: ModelGraph, group: list[fx.Node]) -> str | None:
     if len({value_of(weight).dtype for weight in weights}) != 1:
         return "the weights have different dtypes"
     biases = [bias for _, _, bias, _ in operands]
-    if any(bias is None for bias in biases) and any(bias is not None for bias in biases):
-        return "some have a bias and some do not"
     if not all(bias is None or model_graph.is_weight(bias) for bias in biases):
         return "a bias is computed, not a parameter"
     parameters = [*weights, *(bias for bias in biases if bias is not None)]
@@ -70,14 +68,20 @@ def _merge(model_graph: ModelGraph, context: PassContext, group: list[fx.Node]) 
             start = end
 
 
+def _alike(group: list[fx.Node]) -> list[list[fx.Node]]:
+    """The linears of one input, those with a bias and those without apart."""
+    with_bias = [node for node in group if _operands(node)[2] is not None]
+    without = [node for node in group if _operands(node)[2] is None]
+    return [part for part in (with_bias, without) if part]
+
+
 def run(model_graph: ModelGraph, context: PassContext) -> None:
     groups: dict[fx.Node, list[fx.Node]] = {}
     for node in model_graph.calls(linear.overload):
         groups.setdefault(node.args[0], []).append(node)
-    for group in groups.values():
-        if len(group) < 2:
-            continue
-        reason = _why_not(model_graph, group)
+    shared = [group for group in groups.values() if len(group) > 1]
+    for group in (part for linears in shared for part in _alike(linears)):
+        reason = "some have a bias and some do not" if len(group) == 1 else _why_not(model_graph, group)
         if reason is not None:
             context.near_miss(group[0], reason)
         else:

@@ -46,7 +46,7 @@ def run(model_graph: ModelGraph, context: PassContext) -> None:
     _prove_masks(model_graph, attentions)
     counters = _token_counters(model_graph)
     _prove_token_wise(model_graph, counters)
-    step = _add_step_inputs(model_graph, counters)
+    step = _add_step_inputs(model_graph, _outermost(counters))
     for layer, node in enumerate(attentions):
         _page(model_graph, context, layer, node, step)
     model_graph.eliminate_dead_code()
@@ -91,7 +91,7 @@ def _token_counters(model_graph: ModelGraph) -> dict[fx.Node, int]:
         offset = _counting_offset(model_graph, node, length)
         if offset is not None:
             counters[node] = offset
-    return _outermost(counters)
+    return counters
 
 
 def _reads(node: fx.Node, from_tokens: set[fx.Node], counters: dict[fx.Node, int]) -> bool:
@@ -119,7 +119,7 @@ def _length_of(model_graph: ModelGraph) -> Any:
 
 
 def _prove_token_wise(model_graph: ModelGraph, counters: dict[fx.Node, int]) -> None:
-    inputs = {name: 1 for name in model_graph.input_names}
+    inputs = dict.fromkeys(model_graph.input_names, 1)
     unknown = sorted(set(inputs) - {"input_ids", *POSITION_INPUTS})
     if unknown:
         raise ProofError(
@@ -135,7 +135,7 @@ def _prove_token_wise(model_graph: ModelGraph, counters: dict[fx.Node, int]) -> 
             pass_name=PASS_NAME,
             site=error.node.name,
             where=source_line(error.node),
-            remedy='packing tokens needs a token-wise model; use torch.compile(model, backend="infercomp") for this one',
+            remedy='packing needs a token-wise model; use torch.compile(model, backend="infercomp") for this one',
         ) from error
     logits = model_graph.output_node().args[0][0]
     if axes[logits] != 1 or value_of(logits).dim() != 3:
@@ -206,7 +206,7 @@ def _page(
             remedy=f"remove {PASS_NAME} from disable (and raise limit), or use torch.compile",
         )
     query, key, value = node.args[:3]
-    extras = [argument for argument in node.args[4:6]]
+    extras = list(node.args[4:6])
     options = {name: option for name, option in node.kwargs.items() if name not in ("is_causal", "bias")}
     key_cache = _cache_input(model_graph, f"layer_{layer}_key", key)
     value_cache = _cache_input(model_graph, f"layer_{layer}_value", value)

@@ -84,7 +84,9 @@ def run_pipeline(
     for index, graph_pass in enumerate(pipeline, start=1):
         if graph_pass.serving and not serving:
             continue
-        record, inputs = _run_pass(graph_pass, model_graph, config, budget, inputs)
+        # What serving cannot do without is no step of a bisection.
+        own_budget = budget if graph_pass.optional else MatchBudget(None)
+        record, inputs = _run_pass(graph_pass, model_graph, config, own_budget, inputs)
         if record.matches and on_change is not None:
             on_change(index, graph_pass.name, model_graph, inputs)
         records.append(record)

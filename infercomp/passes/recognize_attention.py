@@ -372,8 +372,8 @@ def _expanded(emit: Emitter, node: fx.Node, heads: list[fx.Node | int] | None) -
 
 
 def _recognize_sdpa(model_graph: ModelGraph, context: PassContext, node: fx.Node) -> None:
-    defaults = (None, None, None, None, 0.0, False)
-    query, key, value, mask, dropout, causal = (*node.args, *defaults[len(node.args) :])
+    operands: tuple[Any, ...] = (*node.args, *(None, None, None, None, 0.0, False)[len(node.args) :])
+    query, key, value, mask, dropout, causal = operands
     mask, dropout = node.kwargs.get("attn_mask", mask), node.kwargs.get("dropout_p", dropout)
     causal, scale = node.kwargs.get("is_causal", causal), node.kwargs.get("scale")
     rank = value_of(query).dim()

@@ -1,6 +1,7 @@
 """Linear layers in the vocabulary, whatever their layout.
 
 y = aten.linear(x, w, b)                                      ->  y = linear(x, w, b)
+y = matmul(x, w.T)                                            ->  y = linear(x, w)
 y = reshape(addmm(b, reshape(x, (-1, K)), w), (B, S, N))      ->  y = linear(x, w, b, transposed=True)
 """
 
@@ -41,9 +42,31 @@ def _run_addmm(model_graph: ModelGraph, context: PassContext, node: fx.Node) -> 
             context.replace(site, root, emit(linear, inner, weight, bias, transposed=True))
 
 
+def _run_matmul(model_graph: ModelGraph, context: PassContext, node: fx.Node) -> None:
+    """A product with a parameter, as it is stored or transposed (Falcon); other products are no linear layers."""
+    source, right = node.args
+    is_turned = right.target == aten.permute.default and list(right.args[1]) == [1, 0]
+    weight = right.args[0] if is_turned else right
+    if not model_graph.is_weight(weight) or value_of(weight).dim() != 2 or value_of(source).dim() < 2:
+        return
+    site = context.claim(node)
+    if site is not None:
+        with model_graph.inserting_before(node) as emit:
+            options = {} if is_turned else {"transposed": True}
+            context.replace(site, node, emit(linear, source, weight, **options))
+
+
+_SPELLINGS = {
+    aten.linear.default: _run_linear,
+    aten.addmm.default: _run_addmm,
+    aten.matmul.default: _run_matmul,
+    aten.mm.default: _run_matmul,
+}
+
+
 def run(model_graph: ModelGraph, context: PassContext) -> None:
-    for node in model_graph.calls(aten.linear.default, aten.addmm.default):
-        (_run_linear if node.target == aten.linear.default else _run_addmm)(model_graph, context, node)
+    for node in model_graph.calls(*_SPELLINGS):
+        _SPELLINGS[node.target](model_graph, context, node)
     model_graph.eliminate_dead_code()
 
 

@@ -38,8 +38,8 @@ def run(model_graph: ModelGraph, context: PassContext) -> None:
         spec = proofs.setdefault(shapes, None) or prove(model_graph, node)  # type: ignore[arg-type]
         proofs[shapes] = spec
         reason = _why_not(node, spec)
-        if reason is not None:
-            context.near_miss(node, reason)
+        if isinstance(spec, Unproved) or reason is not None:
+            context.near_miss(node, reason or "")
             continue
         site = context.claim(node)
         if site is not None:

@@ -18,7 +18,7 @@ from ..codegen.model_graph import ModelGraph, aten, same_size, shape_of, value_o
 from ..codegen.ops import attention, gated_activation, layer_norm, linear, merge_weights, rms_norm, rotary_embedding
 from .index_algebra import size_expression
 
-Axes = dict[fx.Node, int | None]
+Axes = dict[fx.Node, Any]  # an int, or None for a tensor without tokens
 
 
 class MixesTokens(Exception):
@@ -79,7 +79,9 @@ def _axis_without_tokens(node: fx.Node, length: Any) -> int | None:
         return None
     _refuse_length_as_number(node)
     if any(not isinstance(extent, int) for extent in shape_of(node)) and node.target not in _CONSTANT_FILLS:
-        raise MixesTokens(node, f"its shape {shape_of(node)} follows the sequence's length, but it is made from no token")
+        raise MixesTokens(
+            node, f"its shape {shape_of(node)} follows the sequence's length, but it is made from no token"
+        )
     return _extent_axis(node, length) if any(same_size(extent, length) for extent in shape_of(node)) else None
 
 
@@ -225,7 +227,9 @@ def _reshape(node: fx.Node, axes: Axes, length: Any) -> int | None:
     for dim, extent in enumerate(shape_of(node)):
         if same_size(extent, length) and sympy.expand(_product(shape_of(node)[:dim]) - before) == 0:
             return dim
-    raise MixesTokens(node, f"the reshape from {shape_of(source)} to {shape_of(node)} mixes the tokens with another dimension")
+    raise MixesTokens(
+        node, f"the reshape from {shape_of(source)} to {shape_of(node)} mixes the tokens with another dimension"
+    )
 
 
 def _product(extents: Any) -> sympy.Expr:
@@ -324,7 +328,8 @@ _RULES: dict[Any, Callable[[fx.Node, Axes, Any], int | None]] = {
     gated_activation.overload: _pointwise,
     rotary_embedding.overload: _rotary,
     attention.overload: _attention,
-    **dict.fromkeys((aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default, aten.any.dim), _reduction),
+    **dict.fromkeys((aten.mean.dim, aten.sum.dim_IntList, aten.any.dim), _reduction),
+    **dict.fromkeys((aten.amax.default, aten.amin.default), _reduction),
     **dict.fromkeys((aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten.cumsum.default), _along(1)),
     **dict.fromkeys((aten.matmul.default, aten.mm.default, aten.bmm.default), _matmul),
     aten.addmm.default: _addmm,

@@ -73,6 +73,11 @@ class _Merge:
 
 def _merged_in_place(sources: list[torch.Tensor], dim: int) -> torch.Tensor:
     """The sources laid end to end, each of which becomes a view of its part."""
+    with torch.inference_mode(sources[0].is_inference()):
+        return _concatenated(sources, dim)
+
+
+def _concatenated(sources: list[torch.Tensor], dim: int) -> torch.Tensor:
     merged = torch.cat([source.detach() for source in sources], dim)
     parts = merged.split([source.shape[dim] for source in sources], dim)
     for source, part in zip(sources, parts, strict=True):

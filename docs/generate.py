@@ -1,0 +1,148 @@
+"""Writes ``docs/passes.md`` from the docstrings of the passes, the pipeline tuple and the small model families.
+
+python docs/generate.py               the passes; the table of families is kept as it is
+python docs/generate.py --families    the table too: compiles every family, takes minutes
+python docs/generate.py --check       only says whether the part about the passes is up to date
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from infercomp.passes.graph_pass import Pass
+from infercomp.passes.pipeline import PIPELINE
+
+DOCS = Path(__file__).resolve().parent
+TARGET = DOCS / "passes.md"
+FAMILIES_FILE = DOCS.parent / "tests" / "families.py"
+FAMILIES_HEADING = "## Families\n"
+
+INTRODUCTION = """# Passes
+
+Written by `docs/generate.py` from the docstrings of the passes; change those, not this file.
+
+A pass is a named rewrite of the graph. They run in this order, which is the tuple `PIPELINE` in
+`infercomp/passes/pipeline.py`; *after* is the order that a pass declares and the runner checks. The frame around
+them refreshes metadata, checks the structure, counts, times, measures and dumps. `serving` passes run for `LLM` only.
+How to switch one off, or one match of one, is in [debugging.md](debugging.md).
+"""
+
+FAMILIES_INTRODUCTION = """
+Matches of each pass on small models with random weights, built from the `transformers` config class of each family
+with two attention layers (`tests/families.py`), once with each implementation of attention that the family has.
+Decoders are compiled as `LLM` does it, the others through `torch.compile`. A dash is a pass that does not run there.
+"""
+
+
+def passes_part() -> str:
+    """All that follows from the source of the passes alone."""
+    return "\n".join([INTRODUCTION, *_overview(), "", *(_section(each) for each in PIPELINE), ""])
+
+
+def docstring_of(graph_pass: Pass) -> str:
+    """The docstring of the file that holds the pass."""
+    docstring = sys.modules[graph_pass.run.__module__].__doc__
+    assert docstring, f"{graph_pass.name} says nothing of itself"
+    return docstring.strip()
+
+
+def _overview() -> Iterator[str]:
+    yield "| # | pass | numeric class | after | runs for |"
+    yield "|--:|---|---|---|---|"
+    for number, each in enumerate(PIPELINE, start=1):
+        runs_for = "`LLM`" if each.serving else "all"
+        after = ", ".join(f"`{name}`" for name in each.after) or "—"
+        yield f"| {number} | [`{each.name}`](#{each.name}) | {each.numeric_class.name} | {after} | {runs_for} |"
+
+
+def _section(graph_pass: Pass) -> str:
+    required = "" if graph_pass.optional else "\nIt cannot be switched off: serving cannot do without it.\n"
+    paragraphs = [_markdown(paragraph) for paragraph in docstring_of(graph_pass).split("\n\n")]
+    return f"## {graph_pass.name}\n\n" + "\n\n".join(paragraphs) + f"\n{required}"
+
+
+def _markdown(paragraph: str) -> str:
+    """A paragraph with an arrow in it is a before and after, and stays as it is laid out."""
+    if "->" in paragraph:
+        return f"```text\n{textwrap.dedent(paragraph)}\n```"
+    return paragraph.replace("``", "`")
+
+
+def families_part() -> str:
+    """The table of matches; every family is built and compiled for it."""
+    columns = [each.name for each in PIPELINE]
+    lines = [FAMILIES_HEADING + FAMILIES_INTRODUCTION]
+    lines.append("| family | attention | " + " | ".join(_narrow(name) for name in columns) + " |")
+    lines.append("|---|---|" + "--:|" * len(columns))
+    families = _load_families().FAMILIES.values()
+    for family in families:
+        for attention in family.attn_implementations:
+            print(f"compiling {family.name} with {attention} attention", file=sys.stderr)
+            matches = _matches(family, attention)
+            cells = [str(matches.get(name, "–")) for name in columns]
+            lines.append(f"| {family.name} | {attention} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _narrow(pass_name: str) -> str:
+    """A heading that may break between its words."""
+    return pass_name.replace("_", " ")
+
+
+def _matches(family: Any, attention: str) -> dict[str, int]:
+    import torch
+
+    import infercomp
+
+    torch._dynamo.reset()
+    model = family.build(attention)
+    if family.is_decoder:
+        report = infercomp.LLM(model).report
+    else:
+        report = infercomp.explain(model, options={"verify": False}, **family.example_inputs())
+    return {record.name: record.matches for record in report.passes}
+
+
+def _load_families() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("families", FAMILIES_FILE)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["families"] = module  # its dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def split(text: str) -> tuple[str, str]:
+    """The part about the passes, and the table of families with its heading."""
+    passes, heading, families = text.partition(FAMILIES_HEADING)
+    return passes, heading + families
+
+
+def is_current() -> bool:
+    return TARGET.exists() and split(TARGET.read_text())[0] == passes_part()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the passes are out of date")
+    parser.add_argument("--families", action="store_true", help="compile every family and write their table anew")
+    chosen = parser.parse_args(arguments)
+    if chosen.check:
+        if not is_current():
+            print(f"{TARGET.name} is out of date: run python docs/generate.py", file=sys.stderr)
+            return 1
+        return 0
+    kept = split(TARGET.read_text())[1] if TARGET.exists() else ""
+    TARGET.write_text(passes_part() + (families_part() if chosen.families else kept))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
