@@ -75,17 +75,26 @@ def _alike(group: list[fx.Node]) -> list[list[fx.Node]]:
     return [part for part in (with_bias, without) if part]
 
 
+def _merge_alike(model_graph: ModelGraph, context: PassContext, group: list[fx.Node]) -> None:
+    parts = _alike(group)
+    for part in (part for part in parts if len(part) > 1):
+        reason = _why_not(model_graph, part)
+        if reason is None:
+            _merge(model_graph, context, part)
+        else:
+            context.near_miss(part[0], reason)
+    alone = [part[0] for part in parts if len(part) == 1]
+    if alone:
+        context.near_miss(alone[0], "some have a bias and some do not")
+
+
 def run(model_graph: ModelGraph, context: PassContext) -> None:
     groups: dict[fx.Node, list[fx.Node]] = {}
     for node in model_graph.calls(linear.overload):
         groups.setdefault(node.args[0], []).append(node)
-    shared = [group for group in groups.values() if len(group) > 1]
-    for group in (part for linears in shared for part in _alike(linears)):
-        reason = "some have a bias and some do not" if len(group) == 1 else _why_not(model_graph, group)
-        if reason is not None:
-            context.near_miss(group[0], reason)
-        else:
-            _merge(model_graph, context, group)
+    for group in groups.values():
+        if len(group) > 1:
+            _merge_alike(model_graph, context, group)
     model_graph.eliminate_dead_code()
 
 

@@ -136,7 +136,7 @@ def _widened_argument(environment: Mapping[str, Any], argument: Any) -> Any:
 
 def _widen(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return value.double() if value.is_floating_point() else value
+        return value.detach().double() if value.is_floating_point() else value
     if isinstance(value, (list, tuple)):
         return type(value)(_widen(element) for element in value)
     return value
