@@ -13,6 +13,7 @@ from .config import Config, parse_options
 from .loading.loader import check_vocabulary, load
 from .passes.config import check_pass_names
 from .passes.pipeline import pass_names
+from .progress import request_progress
 from .report import Report
 from .runtime.engine import Engine
 from .runtime.errors import InputError, ModelLoadError
@@ -22,6 +23,7 @@ from .runtime.step import StepInputs
 from .served_model import ServedModel, capture_for_serving, end_of_sequence_ids, position_limit
 
 Prompt = str | Mapping[str, Any]
+_Encoded = tuple[str | None, Sequence[int]]
 _DEFAULT_MAX_MODEL_LEN = 2048
 
 
@@ -73,6 +75,7 @@ class LLM:
             vocab_size=self._served.vocab_size,
         )
         self._num_requests = 0
+        self._outputs: dict[str, RequestOutput] = {}
 
     @property
     def stats(self) -> Any:
@@ -95,18 +98,18 @@ class LLM:
         batch = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
         params = _params_per_prompt(sampling_params, len(batch))
         ids = self._add_all(batch, params)
-        finished: dict[str, RequestOutput] = {}
+        waiting = set(ids)
         try:
-            with _progress(len(ids), use_tqdm) as advance:
-                while self._engine.has_unfinished_requests():
-                    for output in self._engine.step():
-                        if output.finished:
-                            finished[output.request_id] = output
-                            advance()
+            with request_progress(len(ids), use_tqdm) as advance:
+                while waiting:
+                    for request_id in self._step() & waiting:
+                        waiting.discard(request_id)
+                        advance()
         except BaseException:
             self._engine.abort_all()
+            self._outputs.clear()
             raise
-        return [finished[request_id] for request_id in ids]
+        return [self._outputs.pop(request_id) for request_id in ids]
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[str]:
         """Yield the completion's text in pieces as it is generated; closing the iterator drops the request."""
@@ -115,23 +118,36 @@ class LLM:
         params = sampling_params or SamplingParams()
         if params.n != 1:
             raise InputError("a stream has one completion", field="n", remedy="use n=1, or generate")
-        request_id = self._add_all([prompt], [params])[0]
-        return self._pieces(request_id)
+        text, tokens = self._encoded(prompt)
+        self._engine.check_request(tokens, params)
+        return self._pieces((text, tokens), params)
 
-    def _pieces(self, request_id: str) -> Iterator[str]:
+    def _pieces(self, encoded: _Encoded, params: SamplingParams) -> Iterator[str]:
+        """The request is queued when the first piece is asked for: an iterator that nobody starts holds nothing."""
+        request_id = self._add(encoded, params)
         num_shown = 0
         try:
-            while self._engine.has_unfinished_requests():
-                for output in self._engine.step():
-                    if output.request_id == request_id:
-                        completion = output.outputs[0]
-                        if completion.error is not None:
-                            raise completion.error
-                        if len(completion.text) > num_shown:
-                            yield completion.text[num_shown:]
-                            num_shown = len(completion.text)
+            while True:
+                output = self._outputs.get(request_id)
+                text = output.outputs[0].text if output else ""
+                if len(text) > num_shown:
+                    yield text[num_shown:]
+                    num_shown = len(text)
+                elif (output is not None and output.finished) or not self._engine.has_unfinished_requests():
+                    break
+                else:
+                    self._step()
+            if output is not None and output.outputs[0].error is not None:
+                raise output.outputs[0].error
         finally:
             self._engine.abort_request(request_id)
+            self._outputs.pop(request_id, None)
+
+    def _step(self) -> set[str]:
+        """One step of the engine for whoever asks first; returns the requests that ended with it."""
+        outputs = self._engine.step()
+        self._outputs.update({output.request_id: output for output in outputs})
+        return {output.request_id for output in outputs if output.finished}
 
     def chat(
         self, messages: Sequence[Mapping[str, str]], sampling_params: SamplingParams | None = None
@@ -163,18 +179,22 @@ class LLM:
         encoded = [self._encoded(prompt) for prompt in prompts]
         ids: list[str] = []
         try:
-            for (text, tokens), one in zip(encoded, params, strict=True):
-                request_id = str(self._num_requests)
-                self._engine.add_request(request_id, tokens, one, text)
-                self._num_requests += 1
-                ids.append(request_id)
+            for one, its_params in zip(encoded, params, strict=True):
+                ids.append(self._add(one, its_params))
         except BaseException:
             for request_id in ids:
                 self._engine.abort_request(request_id)
             raise
         return ids
 
-    def _encoded(self, prompt: Prompt) -> tuple[str | None, Sequence[int]]:
+    def _add(self, encoded: _Encoded, params: SamplingParams) -> str:
+        text, tokens = encoded
+        request_id = str(self._num_requests)
+        self._engine.add_request(request_id, tokens, params, text)
+        self._num_requests += 1
+        return request_id
+
+    def _encoded(self, prompt: Prompt) -> _Encoded:
         if isinstance(prompt, Mapping):
             if "prompt_token_ids" not in prompt:
                 raise InputError(
@@ -239,9 +259,3 @@ def _max_model_len(module: torch.nn.Module, config: Config) -> int:
             remedy=f"use at most {limit}",
         )
     return wanted or limit or _DEFAULT_MAX_MODEL_LEN
-
-
-def _progress(num_requests: int, wanted: bool) -> Any:
-    from .progress import request_progress
-
-    return request_progress(num_requests, wanted)

@@ -1,11 +1,13 @@
 """The real model, SmolLM2-135M: ``LLM`` against ``model.generate`` in float32, memory, the demo's answer.
 
-In the usual run the 20 prompts get 20 tokens each, all together and starved of blocks; the reference
+In the usual run the 20 prompts get 16 tokens each, all together and starved of blocks; the reference
 is ``model.generate`` on each prompt alone. The slow test is the full one: 128 tokens, and also alone.
 """
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 import subprocess
 import sys
@@ -22,8 +24,10 @@ import infercomp.llm as llm_module
 from infercomp import LLM, SamplingParams
 from infercomp.demo_model import demo_model_path
 from infercomp.loading.loader import load
+from infercomp.runtime.engine import Engine
+from infercomp.runtime.kv_pools import allocate_pools
 
-FEW_TOKENS, MANY_TOKENS = 20, 128
+FEW_TOKENS, MANY_TOKENS = 16, 128
 PROMPTS = (
     "The capital of France is",
     "Once upon a time there was a small robot who",
@@ -82,9 +86,23 @@ def few_tokens(served: Served) -> list[list[int]]:
 
 
 def starved_llm(served: Served, num_tokens: int) -> LLM:
-    """Blocks for the longest request and little more, so that most of the others wait or are thrown out."""
+    """Blocks for two of the longest requests, so that others wait or are thrown out; the compiled step is shared."""
     longest = max(len(served.ids(prompt)) for prompt in PROMPTS) + num_tokens
-    return LLM(served.model, served.tokenizer, block_size=8, num_blocks=2 * longest // 8)
+    runtime = dataclasses.replace(served.llm.config.runtime, num_blocks=2 * longest // 8, block_size=8)
+    step = served.llm._served
+    pools = allocate_pools(step.cache_specs, runtime.num_blocks, runtime.block_size)
+    starved = copy.copy(served.llm)
+    starved.num_blocks = runtime.num_blocks
+    starved._engine = Engine(
+        step.with_pools(pools),
+        runtime,
+        num_blocks=runtime.num_blocks,
+        max_model_len=starved.max_model_len,
+        eos_token_ids=starved.eos_token_ids,
+        tokenizer=served.tokenizer,
+        vocab_size=step.vocab_size,
+    )
+    return starved
 
 
 def assert_all_same(served: Served, expected: list[list[int]], found: list[list[int]]) -> None:

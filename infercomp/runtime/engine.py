@@ -90,15 +90,32 @@ class Engine:
         prompt: str | None = None,
     ) -> None:
         """Queue a request, or raise ``InputError`` or ``CapacityError`` and leave the engine as it was."""
-        self._require_servable(request_id, params)
-        token_ids = checked_prompt(prompt_token_ids, self.max_model_len, self.vocab_size)
-        self.scheduler.require_capacity(len(token_ids), params.max_tokens)
+        self._require_new_id(request_id)
+        token_ids = self.check_request(prompt_token_ids, params)
         group = _Group(request_id, prompt, [])
         group.sequences = [self._make_sequence(group, index, token_ids, params) for index in range(params.n)]
         self._groups[request_id] = group
         for sequence in group.sequences:
             self._sequences[sequence.request.request_id] = sequence
             self.scheduler.add(sequence.request)
+
+    def check_request(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> list[int]:
+        """The prompt as a list, or ``InputError`` or ``CapacityError`` if it could not be queued with these params."""
+        if not isinstance(params, SamplingParams):
+            raise InputError(
+                f"params must be SamplingParams, got {describe(params)}",
+                remedy="pass SamplingParams(...)",
+                field="params",
+            )
+        if params.stop_strings and self.tokenizer is None:
+            raise InputError(
+                "stop strings need text, and this engine has no tokenizer",
+                remedy="give the engine a tokenizer, or use stop_token_ids",
+                field="stop",
+            )
+        token_ids = checked_prompt(prompt_token_ids, self.max_model_len, self.vocab_size)
+        self.scheduler.require_capacity(len(token_ids), params.max_tokens)
+        return token_ids
 
     def has_unfinished_requests(self) -> bool:
         return bool(self._groups)
@@ -129,7 +146,7 @@ class Engine:
         self._groups.clear()
         self._sequences.clear()
 
-    def _require_servable(self, request_id: object, params: object) -> None:
+    def _require_new_id(self, request_id: object) -> None:
         if not isinstance(request_id, str) or not request_id:
             raise InputError(
                 f"request_id must be a string that is not empty, got {describe(request_id)}",
@@ -141,18 +158,6 @@ class Engine:
                 f"a request with id {request_id!r} is in progress",
                 remedy="choose an id that is unique among unfinished requests",
                 field="request_id",
-            )
-        if not isinstance(params, SamplingParams):
-            raise InputError(
-                f"params must be SamplingParams, got {describe(params)}",
-                remedy="pass SamplingParams(...)",
-                field="params",
-            )
-        if params.stop_strings and self.tokenizer is None:
-            raise InputError(
-                "stop strings need text, and this engine has no tokenizer",
-                remedy="give the engine a tokenizer, or use stop_token_ids",
-                field="stop",
             )
 
     def _make_sequence(self, group: _Group, index: int, token_ids: list[int], params: SamplingParams) -> _Sequence:
