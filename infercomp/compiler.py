@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from .codegen.lower import lower
+from .codegen.attention_regions import UNIT
+from .codegen.lower import lower, uses_kernels
 from .codegen.model_graph import ModelGraph
 from .config import Config
 from .dumps import open_dump
+from .passes.config import PassConfig
 from .passes.graph_pass import PassRecord
 from .passes.pipeline import run_pipeline
 from .report import Report
@@ -36,6 +38,15 @@ def _found(record: PassRecord) -> bool:
     return bool(record.matches or record.skipped)
 
 
+def _for_kernels(model_graph: ModelGraph, config: Config) -> PassConfig:
+    """The passes' options with the cache laid out as the kernels that will run read it."""
+    passes = config.passes
+    if passes.kv_cache_layout != "auto":
+        return passes
+    is_tiled = uses_kernels(model_graph, config.codegen) and config.runtime.block_size % UNIT == 0
+    return replace(passes, kv_cache_layout="tiled" if is_tiled else "rows")
+
+
 def compile_graph(
     model_graph: ModelGraph, config: Config, example_inputs: Mapping[str, Any] | None, *, serving: bool = False
 ) -> Compiled:
@@ -45,12 +56,12 @@ def compile_graph(
         dump.write_graph(0, "captured", model_graph, example_inputs)
     records = run_pipeline(
         model_graph,
-        config.passes,
+        _for_kernels(model_graph, config) if serving else config.passes,
         serving=serving,
         example_inputs=example_inputs,
         on_change=dump.write_graph if dump else None,
     )
-    program = lower(model_graph)
+    program = lower(model_graph, config.codegen)
     report = Report(records, program.ops)
     if dump is not None:
         dump.write_report(report)

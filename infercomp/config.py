@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from types import NoneType, UnionType
 from typing import Any, NamedTuple, TypeGuard
 
+from infercomp.codegen.config import CodegenConfig
 from infercomp.passes.config import PassConfig, nearest_name
 from infercomp.runtime.config import RuntimeConfig, describe
 from infercomp.runtime.errors import ConfigError
@@ -29,6 +30,9 @@ class Config:
 
     passes: PassConfig = field(default_factory=PassConfig)
     """What the pass pipeline may do."""
+
+    codegen: CodegenConfig = field(default_factory=CodegenConfig)
+    """How what the passes left is executed."""
 
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     """Sizes of the KV cache and of a step."""

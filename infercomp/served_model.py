@@ -113,5 +113,9 @@ def _cache_specs(graph: ModelGraph) -> tuple[KvCacheSpec, ...]:
     specs = []
     for name in names:
         key, value = (value_of(graph.placeholder(f"{name}_{role}")) for role in ("key", "value"))
-        specs.append(KvCacheSpec(name, int(key.shape[2]), int(key.shape[3]), int(value.shape[3]), key.dtype))
+        if key.dim() == 4:
+            specs.append(KvCacheSpec(name, int(key.shape[2]), int(key.shape[3]), int(value.shape[3]), key.dtype))
+        else:
+            heads, tile = int(key.shape[1]), int(key.shape[4])
+            specs.append(KvCacheSpec(name, heads, int(key.shape[2]) * tile, int(value.shape[3]), key.dtype, tile))
     return tuple(specs)

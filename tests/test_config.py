@@ -46,6 +46,14 @@ def leaf_values(config: Any) -> dict[str, object]:
     return result
 
 
+_OTHER_CHOICES = {
+    "quantization": "w8a8",
+    "codegen": "cpp",
+    "instruction_set": "portable",
+    "kv_cache_layout": "tiled",
+}
+
+
 def other_value(name: str) -> object:
     """A valid value of the option that is not its default."""
     default = leaf_values(Config())[name]
@@ -54,6 +62,8 @@ def other_value(name: str) -> object:
         return not default
     if wanted == tuple[str, ...]:
         return ("fuse_mlp", "recognize_rms_norm#3")
+    if name in _OTHER_CHOICES:
+        return _OTHER_CHOICES[name]
     if wanted in (str, str | None):
         return "some_folder"
     assert wanted in (int, int | None), f"teach this test a value for {name}: {wanted}"

@@ -1,81 +1,189 @@
 """Lowering: what the passes left becomes a ``Program``.
 
-Each call takes the first implementation that accepts it. Until kernels are generated there are two:
-an op of the vocabulary runs by its definition, called directly, and everything else as its ATen op.
-Weight merges leave the graph: the program carries them as work to be done once, when weights are bound.
+Each call takes the first implementation that accepts it: a generated kernel, else its definition (an op
+of the vocabulary) or its ATen op, with the reason kept. Kernels run in native steps; a graph of calls
+holds the steps and what runs between them. Weights that are merged or packed leave the graph: the
+program carries them as work to be done once, when weights are bound.
 """
 
 from __future__ import annotations
 
 import copy
+import operator
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import fx
 
-from ..runtime.program import MergedWeight, OpExecution, Program
-from .model_graph import ModelGraph
-from .ops import definition_of, merge_weights
+from ..runtime.native_step import NativeStep
+from ..runtime.program import MergedWeight, OpExecution, PackedWeightSource, Program
+from .config import CodegenConfig
+from .grouping import Plan, Planner, is_computed, is_weight_merge
+from .model_graph import ModelGraph, value_of
+from .native import BuiltSegment, build_segments
+from .ops import definition_of
+from .packing import pack
+from .regions import PackedWeight, is_inlined
+from .segments import Segment, dependencies, exported_nodes, schedule
 
-_NO_KERNEL = "no kernel is generated for it yet"
+_NO_KERNELS = 'codegen="reference"'
 
 
-def lower(model_graph: ModelGraph) -> Program:
+def lower(model_graph: ModelGraph, config: CodegenConfig | None = None) -> Program:
     """The executable form of a graph; the graph itself is left as it is."""
-    ops = _executions(model_graph)
-    graph = fx.Graph()
-    values: dict[fx.Node, Any] = {}
-    weight_names = list(model_graph.weights)
-    merges = [node for node in model_graph.graph.nodes if node.target == merge_weights.overload]
-    merged = [MergedWeight(node.name, tuple(source.name for source in node.args[0]), _dim(node)) for node in merges]
-    merged_sources = {name for merge in merged for name in merge.sources}
-    kept = [name for name in weight_names if name not in merged_sources or _is_used_alone(model_graph, name)]
-    for name in (*kept, *(merge.name for merge in merged), *model_graph.input_names):
-        values[_node_named(model_graph, name)] = graph.placeholder(name)
-    for node in model_graph.graph.nodes:
-        if node in values or node.op == "placeholder":
-            continue
-        if node.op == "output":
-            graph.output(fx.node.map_arg(node.args[0], values.__getitem__))
-            continue
-        copied = graph.node_copy(node, values.__getitem__)
-        copied.meta = copy.copy(node.meta)
-        op = definition_of(node.target)
-        if op is not None:
-            copied.target = op.definition
-        values[node] = copied
-    function = fx.GraphModule({}, graph, "Program")
-    names = (*kept, *(merge.name for merge in merged))
-    return Program(
-        function.forward,
-        names,
-        model_graph.input_names,
-        tuple(merged),
-        model_graph.mutated_inputs,
-        ops,
-        model_graph.output_orders,
-    )
+    config = config or CodegenConfig()
+    plan = _plan(model_graph, config)
+    items = schedule(plan, dependencies(model_graph.graph, plan))
+    exported = exported_nodes(model_graph.graph, plan)
+    segments = [item for item in items if isinstance(item, Segment)]
+    built = iter(build_segments(segments, exported, config.instruction_set) if segments else ())
+    steps: list[BuiltSegment | fx.Node] = [next(built) if isinstance(item, Segment) else item for item in items]
+    return _Driver(model_graph, plan).program(steps)
+
+
+def uses_kernels(model_graph: ModelGraph, config: CodegenConfig) -> bool:
+    """Whether generated kernels run this graph where they can."""
+    return config.codegen != "reference" and _device_of(model_graph).type == "cpu"
+
+
+def _plan(model_graph: ModelGraph, config: CodegenConfig) -> Plan:
+    if not uses_kernels(model_graph, config):
+        device = _device_of(model_graph)
+        reason = _NO_KERNELS if config.codegen == "reference" else f"no kernel is generated for {device.type} yet"
+        return Plan(refused={node: reason for node in model_graph.graph.nodes if is_computed(node)})
+    return Planner(model_graph).plan()
+
+
+def _device_of(model_graph: ModelGraph) -> torch.device:
+    tensors = (value_of(node) for node in model_graph.graph.nodes if node.op == "placeholder")
+    return next((value.device for value in tensors if isinstance(value, torch.Tensor)), torch.device("cpu"))
+
+
+class _Driver:
+    """The graph of calls that the program runs: native steps, and ATen ops and views where they are needed."""
+
+    def __init__(self, model_graph: ModelGraph, plan: Plan) -> None:
+        self._model_graph = model_graph
+        self._plan = plan
+        self._graph = fx.Graph()
+        self._values: dict[fx.Node, Any] = {}
+        self._packed: dict[PackedWeight, fx.Node] = {}
+        self._steps: dict[str, NativeStep] = {}
+
+    def program(self, steps: list[BuiltSegment | fx.Node]) -> Program:
+        inputs_of_steps = [source for step in steps if isinstance(step, BuiltSegment) for source in step.inputs]
+        packed = dict.fromkeys(source for source in inputs_of_steps if isinstance(source, PackedWeight))
+        needed = self._needed(steps, [source for source in inputs_of_steps if isinstance(source, fx.Node)])
+        merges = [node for node in needed if is_weight_merge(node)]
+        merged = tuple(MergedWeight(node.name, _source_names(node), _dim(node)) for node in merges)
+        merged_sources = {name for merge in merged for name in merge.sources}
+        used = {node.name for node in needed if node.op == "placeholder"}
+        kept = [name for name in self._model_graph.weights if name in used and name not in merged_sources]
+        kept += [
+            name
+            for name in self._model_graph.weights
+            if name in used and name in merged_sources and self._is_used_alone(name)
+        ]
+        for name in kept:
+            self._values[self._model_graph.placeholder(name)] = self._graph.placeholder(name)
+        for node in merges:
+            self._values[node] = self._graph.placeholder(node.name)
+        sources = tuple(self._packed_source(weight, i) for i, weight in enumerate(packed))
+        for name in self._model_graph.input_names:
+            self._values[self._model_graph.placeholder(name)] = self._graph.placeholder(name)
+        for step in steps:
+            self._emit(step)
+        output = self._model_graph.output_node()
+        self._graph.output(fx.node.map_arg(output.args[0], self._value))
+        function = fx.GraphModule(dict(self._steps), self._graph, "Program")
+        return Program(
+            function.forward,
+            (*kept, *(merge.name for merge in merged), *(source.name for source in sources)),
+            self._model_graph.input_names,
+            merged,
+            sources,
+            self._model_graph.mutated_inputs,
+            tuple(_executions(self._model_graph, self._plan)),
+            self._model_graph.output_orders,
+        )
+
+    def _needed(self, steps: list[BuiltSegment | fx.Node], read: list[fx.Node]) -> list[fx.Node]:
+        """Nodes that the driver itself reads: what steps, calls and the output take, through views."""
+        produced = {node for group in self._plan.groups for node in group.results}
+        pending = [*read, *self._model_graph.output_node().all_input_nodes]
+        pending += [source for step in steps if isinstance(step, fx.Node) for source in step.all_input_nodes]
+        found: set[fx.Node] = set()
+        while pending:
+            node = pending.pop()
+            if node in found:
+                continue
+            found.add(node)
+            if node not in produced and not is_weight_merge(node):
+                pending.extend(node.all_input_nodes)
+        return [node for node in self._model_graph.graph.nodes if node in found]
+
+    def _is_used_alone(self, name: str) -> bool:
+        users = self._model_graph.placeholder(name).users
+        return any(not is_weight_merge(user) for user in users)
+
+    def _packed_source(self, weight: PackedWeight, number: int) -> PackedWeightSource:
+        name = f"packed_{number}_{weight.parts[0].name}"
+        self._packed[weight] = self._graph.placeholder(name)
+        parts = tuple(_source_names(part) if is_weight_merge(part) else (part.name,) for part in weight.parts)
+        return PackedWeightSource(name, parts, pack(weight.panel_format, weight.half_distance))
+
+    def _emit(self, step: BuiltSegment | fx.Node) -> None:
+        if isinstance(step, fx.Node):
+            self._value(step)
+            return
+        arguments = tuple(self._packed[s] if isinstance(s, PackedWeight) else self._value(s) for s in step.inputs)
+        name = f"native_step_{len(self._steps)}"
+        self._steps[name] = step.step
+        call = self._graph.call_module(name, arguments)
+        for i, node in enumerate(step.outputs):
+            self._values[node] = self._graph.call_function(operator.getitem, (call, i))
+
+    def _value(self, node: fx.Node) -> Any:
+        """The node's value in the driver: views and calls outside of kernels are copied when first asked for."""
+        found = self._values.get(node)
+        if found is None:
+            for source in node.all_input_nodes:
+                self._value(source)
+            found = self._graph.node_copy(node, self._values.__getitem__)
+            found.meta = copy.copy(node.meta)
+            op = definition_of(node.target)
+            if op is not None:
+                found.target = op.definition
+            self._values[node] = found
+        return found
+
+
+def _source_names(merge: fx.Node) -> tuple[str, ...]:
+    return tuple(source.name for source in merge.args[0])  # type: ignore[union-attr]
 
 
 def _dim(node: fx.Node) -> int:
     return node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)  # type: ignore[return-value]
 
 
-def _is_used_alone(model_graph: ModelGraph, name: str) -> bool:
-    return any(user.target != merge_weights.overload for user in model_graph.placeholder(name).users)
-
-
-def _node_named(model_graph: ModelGraph, name: str) -> fx.Node:
-    return next(node for node in model_graph.graph.nodes if node.name == name)
-
-
-def _executions(model_graph: ModelGraph) -> tuple[OpExecution, ...]:
-    calls = [node for node in model_graph.graph.nodes if node.op == "call_function"]
-    counts = Counter((_op_name(node), definition_of(node.target) is not None) for node in calls)
-    return tuple(
-        OpExecution(name, "definition" if ours else "aten", count, _NO_KERNEL if ours else None)
-        for (name, ours), count in sorted(counts.items())
-    )
+def _executions(model_graph: ModelGraph, plan: Plan) -> Iterator[OpExecution]:
+    """How each op is executed, counted; views are free and not listed with the others."""
+    native = {node for group in plan.groups for node in group.nodes}
+    entries: Counter[tuple[str, str, str | None]] = Counter()
+    for node in model_graph.graph.nodes:
+        if node.op != "call_function":
+            continue
+        if node in native:
+            entries[_op_name(node), "cpp", None] += 1
+        elif node in plan.refused:
+            ours = definition_of(node.target) is not None
+            entries[_op_name(node), "definition" if ours else "aten", plan.refused[node]] += 1
+        elif not is_inlined(node):
+            entries[_op_name(node), "definition" if definition_of(node.target) else "aten", None] += 1
+    for (name, how, reason), calls in sorted(entries.items(), key=str):
+        yield OpExecution(name, how, calls, reason)
 
 
 def _op_name(node: fx.Node) -> str:

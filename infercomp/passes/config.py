@@ -1,4 +1,4 @@
-"""Options of the pass pipeline: which passes and matches to leave out, where to stop, whether to measure.
+"""Options of the pass pipeline: which passes and matches to leave out, where to stop, whether to measure or quantise.
 
 `disable` and `limit` exist to find the pass behind a wrong number: switch off one pass, or one match of
 one pass, or apply only the first so many matches (as LLVM's opt-bisect-limit does) and halve.
@@ -19,6 +19,33 @@ _DISABLE_ENTRY = re.compile(r"[a-z][a-z0-9_]*(#(0|[1-9][0-9]*))?")
 
 
 @dataclass(frozen=True)
+class QuantizationScheme:
+    """What the name of a scheme stands for; `w4a8-g32` is `QuantizationScheme(4, 8, 32, False)`."""
+
+    weight_bits: int
+    activation_bits: int
+    """16 says that activations stay floats, whatever their dtype."""
+
+    group_size: int | None = None
+    """Consecutive input channels that share a scale; None is all of a row."""
+
+    is_symmetric: bool = True
+    """Whether groups have no zero of their own."""
+
+
+QUANTIZATION_SCHEMES = {
+    "w8a8": QuantizationScheme(8, 8),
+    "w8a16": QuantizationScheme(8, 16),
+    **{
+        f"w4a{activation_bits}-g{group_size}{suffix}": QuantizationScheme(4, activation_bits, group_size, is_symmetric)
+        for activation_bits in (8, 16)
+        for group_size in (32, 64, 128)
+        for suffix, is_symmetric in (("", False), ("-sym", True))
+    },
+}
+
+
+@dataclass(frozen=True)
 class PassConfig:
     """What the pipeline may do; it knows no pass names, so `check_pass_names` is for who does."""
 
@@ -31,12 +58,27 @@ class PassConfig:
     verify: bool = False
     """Whether each pass is measured against its numeric class on real inputs."""
 
+    quantization: str | None = None
+    """How linears are quantised, a name of `QUANTIZATION_SCHEMES`; None leaves them as they are."""
+
+    quantize_lm_head: bool = True
+    """Whether the LM head, and the embedding that shares its weight, are quantised with the other linears."""
+
+    kv_cache_layout: str = "auto"
+    """How a KV cache lies in memory: "rows" of channels, "tiled" as CPU kernels read it, "auto" to suit the kernels."""
+
     def __post_init__(self) -> None:
         _check_disable(self.disable)
+        if self.kv_cache_layout not in ("auto", "rows", "tiled"):
+            what = f"kv_cache_layout must be auto, rows or tiled, not {describe(self.kv_cache_layout)}"
+            raise ConfigError(what, field="kv_cache_layout")
         if self.limit is not None:
             require_int(self.limit, "limit", 0, LARGEST_COUNT)
-        if not isinstance(self.verify, bool):
-            raise ConfigError(f"verify must be True or False, not {describe(self.verify)}", field="verify")
+        for field in ("verify", "quantize_lm_head"):
+            value = getattr(self, field)
+            if not isinstance(value, bool):
+                raise ConfigError(f"{field} must be True or False, not {describe(value)}", field=field)
+        _check_quantization(self.quantization)
 
 
 def check_pass_names(config: PassConfig, known: Sequence[str]) -> None:
@@ -55,6 +97,19 @@ def nearest_name(name: str, known: Iterable[str]) -> str:
     """The known name most like `name`, however unlike it is; upper and lower case are the same to it."""
     by_lowered = {each.lower(): each for each in known}
     return by_lowered[difflib.get_close_matches(name.lower(), by_lowered, n=1, cutoff=0.0)[0]]
+
+
+def _check_quantization(quantization: object) -> None:
+    valid = f"valid: {', '.join(QUANTIZATION_SCHEMES)}"
+    if isinstance(quantization, str):
+        if quantization in QUANTIZATION_SCHEMES:
+            return
+        begun = [name for name in QUANTIZATION_SCHEMES if name.startswith(quantization)]
+        nearest = begun[0] if begun else nearest_name(quantization, QUANTIZATION_SCHEMES)
+        valid = f"did you mean {nearest!r}? {valid}"
+    if quantization is not None:
+        what = f"quantization must be the name of a scheme or None, not {describe(quantization)}"
+        raise ConfigError(what, remedy=valid, field="quantization")
 
 
 def _check_disable(disable: object) -> None:

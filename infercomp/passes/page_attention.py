@@ -14,6 +14,7 @@ The caches and the fields of ``StepInputs`` become inputs of the graph under the
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
@@ -24,7 +25,9 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicC
 
 from ..codegen.model_graph import Emitter, ModelGraph, aten, same_size, shape_of, source_line, value_of
 from ..codegen.ops import attention, paged_attention, write_kv
+from ..codegen.ops.attention import tile_of
 from ..runtime.errors import ProofError
+from ..runtime.kv_pools import Pool
 from .graph_pass import Pass, PassContext
 from .index_algebra import QUERY, IndexEvaluator
 from .mask_proof import Unproved
@@ -47,14 +50,15 @@ def run(model_graph: ModelGraph, context: PassContext) -> None:
     counters = _token_counters(model_graph)
     _prove_token_wise(model_graph, counters)
     step = _add_step_inputs(model_graph, _outermost(counters))
+    pools = _Pools(_pool_sizes(model_graph))
     for layer, node in enumerate(attentions):
-        _page(model_graph, context, layer, node, step)
+        _page(model_graph, context, layer, node, step, pools)
     model_graph.eliminate_dead_code()
     for name in ("input_ids", *POSITION_INPUTS):
         if name in model_graph.input_names:
             model_graph.remove_input(name)
     _rename_step_inputs(model_graph, step)
-    context.input_adapter = _verification_inputs(model_graph)
+    context.input_adapter = _verification_inputs(model_graph, pools)
 
 
 def _prove_masks(model_graph: ModelGraph, attentions: list[fx.Node]) -> None:
@@ -195,8 +199,21 @@ def _counted(emit: Emitter, positions: fx.Node, node: fx.Node, offset: int) -> f
     return counted
 
 
+@dataclass
+class _Pools:
+    """The sizes that all pools share, and the layout of each."""
+
+    sizes: tuple[Any, Any]
+    layouts: dict[str, Pool] = field(default_factory=dict)
+
+
 def _page(
-    model_graph: ModelGraph, context: PassContext, layer: int, node: fx.Node, step: Mapping[str, fx.Node]
+    model_graph: ModelGraph,
+    context: PassContext,
+    layer: int,
+    node: fx.Node,
+    step: Mapping[str, fx.Node],
+    pools: _Pools,
 ) -> None:
     site = context.claim(node)
     if site is None:
@@ -208,13 +225,19 @@ def _page(
     query, key, value = node.args[:3]
     extras = list(node.args[4:6])
     options = {name: option for name, option in node.kwargs.items() if name not in ("is_causal", "bias")}
-    key_cache = _cache_input(model_graph, f"layer_{layer}_key", key)
-    value_cache = _cache_input(model_graph, f"layer_{layer}_value", value)
+    tile = tile_of(value_of(key).dtype) if context.config.kv_cache_layout == "tiled" else 0
+    names = (f"layer_{layer}_key", f"layer_{layer}_value")
+    for name, operand in zip(names, (key, value), strict=True):
+        pools.layouts[name] = Pool(shape_of(operand)[1], shape_of(operand)[3], tile, operand is key)
+    key_cache, value_cache = (
+        _cache_input(model_graph, name, pools.layouts[name], operand, pools.sizes)
+        for name, operand in zip(names, (key, value), strict=True)
+    )
     with model_graph.inserting_before(node) as emit:
         query, key, value = (_packed(emit, operand) for operand in (query, key, value))
-        emit(write_kv, key, value, key_cache, value_cache, step["slot_mapping"])
+        emit(write_kv, key, value, key_cache, value_cache, step["slot_mapping"], tile)
         tables = (step["block_tables"], step["seq_lens"], step["query_start_loc"])
-        output = emit(paged_attention, query, key_cache, value_cache, *tables, *extras, **options)
+        output = emit(paged_attention, query, key_cache, value_cache, *tables, *extras, **options, tile=tile)
         output = emit(aten.unsqueeze.default, emit(aten.permute.default, output, [1, 0, 2]), 0)
     context.replace(site, node, output)
 
@@ -224,17 +247,21 @@ def _packed(emit: Emitter, node: fx.Node) -> fx.Node:
     return emit(aten.permute.default, emit(aten.select.int, node, 0, 0), [1, 0, 2])
 
 
-def _cache_input(model_graph: ModelGraph, name: str, operand: fx.Node) -> fx.Node:
-    """A pool [blocks, block_size, heads, channels]; all pools share the symbols of their first two dimensions."""
-    _, heads, _, channels = shape_of(operand)
-    dtype, device = value_of(operand).dtype, value_of(operand).device
-    first = next((model_graph.placeholder(n) for n in model_graph.input_names if n.startswith("layer_")), None)
-    if first is None:
-        example = torch.empty(3, VERIFY_BLOCK_SIZE, heads, channels, dtype=dtype, device=device)
-        return _symbolic_input(model_graph, name, example, (0, 1))
+def _cache_input(model_graph: ModelGraph, name: str, pool: Pool, like: fx.Node, sizes: tuple[Any, Any]) -> fx.Node:
+    """A pool as paged_attention reads it."""
     with model_graph.fake_mode:
-        fake = torch.empty(*shape_of(first)[:2], heads, channels, dtype=dtype, device=device)
+        fake = torch.empty(pool.shape(*sizes), dtype=value_of(like).dtype, device=value_of(like).device)
     return model_graph.add_placeholder(name, fake)
+
+
+def _pool_sizes(model_graph: ModelGraph) -> tuple[Any, Any]:
+    """Symbols for the number of blocks and the positions of a block, which all pools share."""
+    fake = model_graph.fake_mode.from_tensor(
+        torch.empty(3, 8),
+        source=ConstantSource("kv_cache"),
+        symbolic_context=StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * 2, constraint_sizes=[None] * 2),
+    )
+    return tuple(fake.shape)  # type: ignore[return-value]
 
 
 def _rename_step_inputs(model_graph: ModelGraph, step: Mapping[str, fx.Node]) -> None:
@@ -245,7 +272,7 @@ def _rename_step_inputs(model_graph: ModelGraph, step: Mapping[str, fx.Node]) ->
     model_graph.input_names = names
 
 
-def _verification_inputs(model_graph: ModelGraph):  # type: ignore[no-untyped-def]
+def _verification_inputs(model_graph: ModelGraph, pools: _Pools):  # type: ignore[no-untyped-def]
     """How inputs of the uncached graph become a step that computes the same: one sequence, fresh caches."""
     caches = {
         name: value_of(model_graph.placeholder(name)) for name in model_graph.input_names if name.startswith("layer_")
@@ -266,7 +293,7 @@ def _verification_inputs(model_graph: ModelGraph):  # type: ignore[no-untyped-de
             "query_start_loc": torch.tensor([0, length], device=device),
         }
         for name, fake in caches.items():
-            shape = (num_blocks, VERIFY_BLOCK_SIZE, *fake.shape[2:])
+            shape = pools.layouts[name].shape(num_blocks, VERIFY_BLOCK_SIZE)
             step[name] = torch.zeros(shape, dtype=fake.dtype, device=fake.device)
         return step
 

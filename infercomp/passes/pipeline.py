@@ -1,7 +1,8 @@
 """The pipeline is one tuple; the runner does for every pass what is common to all.
 
 Standardise first (``recognize_*``, ``fuse_rope``), then optimise (``merge_*``), then serve
-(``page_attention``, ``select_logit_rows``). A new model needs a new recogniser, a new optimisation none.
+(``page_attention``, ``select_logit_rows``), then round (``quantize_linears``). A new model needs a new
+recogniser, a new optimisation none.
 """
 
 from __future__ import annotations
@@ -14,11 +15,19 @@ from ..codegen.model_graph import ModelGraph
 from ..runtime.errors import PassError
 from .config import PassConfig, check_pass_names
 from .fold_constants import FOLD_CONSTANTS
+from .fuse_embedding_norm import FUSE_EMBEDDING_NORM
+from .fuse_gated_epilogue import FUSE_GATED_EPILOGUE
+from .fuse_linear_epilogue import FUSE_LINEAR_EPILOGUE
+from .fuse_norm_quantize import FUSE_NORM_QUANTIZE
+from .fuse_pointwise import FUSE_POINTWISE
+from .fuse_residual_norm import FUSE_RESIDUAL_NORM
 from .fuse_rope import FUSE_ROPE
+from .fuse_rotary_write import FUSE_ROTARY_WRITE
 from .graph_pass import MatchBudget, Pass, PassContext, PassRecord
 from .merge_linears import MERGE_LINEARS
 from .normalize import NORMALIZE
 from .page_attention import PAGE_ATTENTION
+from .quantize_linears import QUANTIZE_LINEARS
 from .recognize_attention import RECOGNIZE_ATTENTION
 from .recognize_gated_mlp import RECOGNIZE_GATED_MLP
 from .recognize_linear import RECOGNIZE_LINEAR
@@ -39,6 +48,14 @@ PIPELINE: tuple[Pass, ...] = (
     MERGE_LINEARS,
     PAGE_ATTENTION,
     SELECT_LOGIT_ROWS,
+    QUANTIZE_LINEARS,
+    FUSE_GATED_EPILOGUE,
+    FUSE_LINEAR_EPILOGUE,
+    FUSE_RESIDUAL_NORM,
+    FUSE_EMBEDDING_NORM,
+    FUSE_NORM_QUANTIZE,
+    FUSE_ROTARY_WRITE,
+    FUSE_POINTWISE,
 )
 
 OnChange = Callable[[int, str, ModelGraph, Mapping[str, Any] | None], None]
@@ -103,6 +120,7 @@ def _run_pass(
     """The pass's record, and the example inputs as the graph takes them after it."""
     context = PassContext(graph_pass.name, config, budget)
     before = tape_of(model_graph) if config.verify else []
+    weights_before = dict(model_graph.weights) if config.verify else {}
     outputs_before = output_values(model_graph)
     start = time.perf_counter()
     graph_pass.run(model_graph, context)
@@ -111,7 +129,9 @@ def _run_pass(
     inputs_after = inputs if inputs is None or context.input_adapter is None else context.input_adapter(inputs)
     max_error = None
     if config.verify and context.sites and inputs is not None and inputs_after is not None:
-        max_error = measure(before, inputs, model_graph, inputs_after, context, graph_pass.numeric_class)
+        max_error = measure(
+            before, weights_before, inputs, model_graph, inputs_after, context, graph_pass.numeric_class
+        )
     record = PassRecord(
         name=graph_pass.name,
         numeric_class=graph_pass.numeric_class.name,

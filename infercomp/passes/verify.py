@@ -93,13 +93,22 @@ def output_values(model_graph: ModelGraph) -> list[Any]:
 
 
 def evaluate(
-    tape: Sequence[Step], values: Mapping[str, Any], keep: frozenset[str] = frozenset(), *, is_widened: bool = True
+    tape: Sequence[Step],
+    values: Mapping[str, Any],
+    keep: frozenset[str] = frozenset(),
+    *,
+    is_widened: bool = True,
+    forced: Mapping[str, Any] | None = None,
 ) -> tuple[list[Any], dict[str, Any]]:
-    """Run a tape, with all floating dtypes widened to float64 or as it is; its outputs and the kept values."""
+    """Run a tape, with all floating dtypes widened to float64 or as it is; its outputs and the kept values.
+
+    What follows a step that is ``forced`` gets that value instead of the step's own, which may still be kept.
+    """
     widen, argument_of = (_widen, _widened_argument) if is_widened else (lambda value: value, _argument)
     last_use: dict[str, int] = {}
     for position, step in enumerate(tape):
         fx.node.map_aggregate((step.args, step.kwargs), lambda a, p=position: _mark(last_use, a, p))
+    forced = forced or {}
     environment: dict[str, Any] = {}
     kept: dict[str, Any] = {}
     expiring: dict[int, list[str]] = {}
@@ -110,7 +119,7 @@ def evaluate(
         if step.op == "output":
             return list(args[0]), kept
         result = widen(values[step.name] if step.op == "placeholder" else step.target(*args, **kwargs))
-        environment[step.name] = result
+        environment[step.name] = forced.get(step.name, result)
         if step.name in keep:
             kept[step.name] = result
         for name in expiring.get(position, ()):
@@ -142,8 +151,8 @@ def _widen(value: Any) -> Any:
     return value
 
 
-def relative_error(reference: torch.Tensor, candidate: torch.Tensor) -> float:
-    """max |candidate - reference| / max(1, max |reference|) over entries that are not equal infinities or NaNs."""
+def relative_error(reference: torch.Tensor, candidate: torch.Tensor, smallest_scale: float = 1.0) -> float:
+    """max |candidate - reference| / max(smallest_scale, max |reference|), equal infinities and NaNs left out."""
     if reference.shape != candidate.shape:
         return float("inf")
     if not reference.is_floating_point():
@@ -151,13 +160,15 @@ def relative_error(reference: torch.Tensor, candidate: torch.Tensor) -> float:
     same = (reference == candidate) | (reference.isnan() & candidate.isnan())
     difference = torch.where(same, 0.0, (candidate - reference).abs())
     finite = reference[reference.isfinite()].abs()
-    scale = max(1.0, float(finite.max())) if finite.numel() else 1.0
-    worst = float(difference.max()) / scale if difference.numel() else 0.0
+    scale = max(smallest_scale, float(finite.max())) if finite.numel() else smallest_scale
+    largest = float(difference.max()) if difference.numel() else 0.0
+    worst = largest / scale if scale else float("inf") if largest else 0.0
     return float("inf") if worst != worst else worst
 
 
 def measure(
     before: Sequence[Step],
+    weights_before: Mapping[str, torch.Tensor],
     inputs_before: Mapping[str, Any],
     model_graph: ModelGraph,
     inputs_after: Mapping[str, Any],
@@ -166,6 +177,7 @@ def measure(
 ) -> float:
     """The pass's largest error, over outputs and sites.
 
+    ``weights_before`` are those of the graph before the pass, which may have replaced some.
     Raises VerificationError, naming the pass and the first site that parts, above the class's bound.
     """
     replaced = {old: (new, site) for site in context.sites for old, new in site.replaced.items()}
@@ -175,20 +187,22 @@ def measure(
             new = replaced[new][0]
         replaced[old] = (new, site)
     new_names = frozenset(new for new, _ in replaced.values())
-    weights = model_graph.weights
     run = functools.partial(evaluate, is_widened=numeric_class.is_widened)
     with torch.no_grad():
-        outputs, old_values = run(before, {**weights, **_copied(inputs_before)}, frozenset(replaced))
-        new_outputs, new_values = run(tape_of(model_graph), {**weights, **_copied(inputs_after)}, new_names)
+        outputs, old_values = run(before, {**weights_before, **_copied(inputs_before)}, frozenset(replaced))
+        forced = {replaced[old][0]: value for old, value in old_values.items()} if numeric_class.is_local else None
+        values_after = {**model_graph.weights, **_copied(inputs_after)}
+        new_outputs, new_values = run(tape_of(model_graph), values_after, new_names, forced=forced)
+    smallest_scale = 0.0 if numeric_class.is_local else 1.0
     worst = 0.0
     for old, value in old_values.items():
         new, site = replaced[old]
         if new in new_values:
-            error = _error(value, new_values[new])
+            error = _error(value, new_values[new], smallest_scale)
             if error > numeric_class.bound:
                 _fail(context.name, f"{context.name}#{site.index}", site.where, error, numeric_class)
             worst = max(worst, error)
-    error = max((_error(a, b) for a, b in zip(outputs, new_outputs, strict=True)), default=0.0)
+    error = max((_error(a, b, smallest_scale) for a, b in zip(outputs, new_outputs, strict=True)), default=0.0)
     if error > numeric_class.bound:
         _fail(context.name, None, None, error, numeric_class)
     return max(worst, error)
@@ -199,9 +213,9 @@ def _copied(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
 
 
-def _error(old: Any, new: Any) -> float:
+def _error(old: Any, new: Any, smallest_scale: float) -> float:
     if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor):
-        return relative_error(old, new)
+        return relative_error(old, new, smallest_scale)
     return 0.0 if old == new else float("inf")
 
 

@@ -86,3 +86,7 @@ class ProofError(PassError):
 
 class NumericalError(InfercompError):
     """A model produced logits that are not numbers."""
+
+
+class BuildError(InfercompError):
+    """A kernel could not be built: no compiler, a compiler that refuses, or a cache that cannot be written."""

@@ -12,6 +12,23 @@ from .errors import ConfigError
 
 
 @dataclass(frozen=True)
+class Pool:
+    """The layout of one pool of keys or values; ``tile`` is 0 for rows of channels, else as in paged_attention."""
+
+    num_kv_heads: int
+    width: int
+    tile: int
+    is_key: bool
+
+    def shape(self, num_blocks: int, block_size: int) -> tuple[int, ...]:
+        if not self.tile:
+            return (num_blocks, block_size, self.num_kv_heads, self.width)
+        if self.is_key:
+            return (num_blocks, self.num_kv_heads, self.width // self.tile, block_size, self.tile)
+        return (num_blocks, self.num_kv_heads, block_size // self.tile, self.width, self.tile)
+
+
+@dataclass(frozen=True)
 class KvCacheSpec:
     """What one attention layer keeps per token: ``num_kv_heads`` keys of ``head_dim``, values of ``value_head_dim``."""
 
@@ -20,6 +37,12 @@ class KvCacheSpec:
     head_dim: int
     value_head_dim: int
     dtype: torch.dtype
+    tile: int = 0
+
+    def pool(self, role: str) -> Pool:
+        """The pool of ``role`` "key" or "value"."""
+        width = self.head_dim if role == "key" else self.value_head_dim
+        return Pool(self.num_kv_heads, width, self.tile, role == "key")
 
     @property
     def bytes_per_token(self) -> int:
@@ -58,15 +81,15 @@ def allocate_pools(
     block_size: int,
     device: torch.device | str = "cpu",
 ) -> dict[str, torch.Tensor]:
-    """Per spec ``{name}_key`` [num_blocks, block_size, num_kv_heads, head_dim] and ``{name}_value`` alike, all zero."""
+    """Per spec ``{name}_key`` and ``{name}_value``, shaped as ``Pool.shape`` says, all zero."""
     pools: dict[str, torch.Tensor] = {}
     for spec in specs:
-        for role, width in (("key", spec.head_dim), ("value", spec.value_head_dim)):
+        for role in ("key", "value"):
             pool_name = f"{spec.name}_{role}"
             if pool_name in pools:
                 raise ConfigError(
                     f"two layers want a pool named {pool_name!r}", remedy="give each layer its own name", field="name"
                 )
-            shape = (num_blocks, block_size, spec.num_kv_heads, width)
+            shape = spec.pool(role).shape(num_blocks, block_size)
             pools[pool_name] = torch.zeros(shape, dtype=spec.dtype, device=device)
     return pools

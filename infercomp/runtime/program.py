@@ -24,8 +24,17 @@ class MergedWeight:
 
 
 @dataclass(frozen=True)
+class PackedWeightSource:
+    """A weight in the layout that a kernel reads: ``pack`` of its parts, each laid end to end from its sources."""
+
+    name: str
+    parts: tuple[tuple[str, ...], ...]
+    pack: Callable[..., torch.Tensor]
+
+
+@dataclass(frozen=True)
 class OpExecution:
-    """How the calls of one op are executed: ``how`` is "definition" or "aten"; ``reason`` why not better."""
+    """How the calls of one op are executed: ``how`` is "cpp", "definition" or "aten"; ``reason`` why not better."""
 
     op: str
     how: str
@@ -45,6 +54,7 @@ class Program:
     weight_names: tuple[str, ...]
     input_names: tuple[str, ...]
     merged_weights: tuple[MergedWeight, ...]
+    packed_weights: tuple[PackedWeightSource, ...]
     mutated_inputs: tuple[str, ...]
     ops: tuple[OpExecution, ...]
     output_orders: tuple[tuple[int, ...] | None, ...]
@@ -52,8 +62,16 @@ class Program:
     def bind(self, weights: Mapping[str, torch.Tensor]) -> BoundProgram:
         """Fix the weights: ``weights`` holds every source and every weight that is no merge."""
         merges = {merge.name: _Merge(merge, [weights[name] for name in merge.sources]) for merge in self.merged_weights}
-        tensors = [merges[name].tensor if name in merges else weights[name].detach() for name in self.weight_names]
+        made = {name: merge.tensor for name, merge in merges.items()}
+        with torch.inference_mode(False), torch.no_grad():
+            made |= {packed.name: _packed(packed, weights) for packed in self.packed_weights}
+        tensors = [made[name] if name in made else weights[name].detach() for name in self.weight_names]
         return BoundProgram(self, tensors, tuple(merges.values()))
+
+
+def _packed(weight: PackedWeightSource, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    parts = [[weights[name].detach() for name in names] for names in weight.parts]
+    return weight.pack(*(part[0] if len(part) == 1 else torch.cat(part) for part in parts))
 
 
 class _Merge:

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from infercomp.codegen.model_graph import Emitter, ModelGraph
 from infercomp.codegen.ops import gated_activation, linear, rms_norm
-from infercomp.passes.graph_pass import Pass, PassContext
+from infercomp.passes.graph_pass import LOSSY, Pass, PassContext
 from infercomp.passes.verify import evaluate, relative_error, tape_of
 from infercomp.runtime.errors import VerificationError
 
@@ -259,3 +259,69 @@ def test_relative_error(reference: list[float], candidate: list[float], expected
 def test_relative_error_of_integers_is_all_or_nothing() -> None:
     assert relative_error(torch.tensor([1, 2]), torch.tensor([1, 2])) == 0
     assert relative_error(torch.tensor([1, 2]), torch.tensor([1, 3])) == torch.inf
+
+
+def _scaled(factor: float, *, only: int | None = None) -> Pass:
+    """A lossy pass that makes each linear's result ``factor`` times as large, or that of one only."""
+
+    def run(model_graph: ModelGraph, context: PassContext) -> None:
+        for position, node in enumerate(model_graph.calls(linear.overload)):
+            site = context.claim(node)
+            with model_graph.inserting_before(node) as emit:
+                new = emit(node.target, *node.args)
+                if only in (None, position):
+                    new = emit(aten.mul.Tensor, new, factor)
+            context.replace(site, node, new)
+        model_graph.eliminate_dead_code()
+
+    return Pass("scaled", run, LOSSY)
+
+
+class Deep(nn.Module):
+    """Six layers whose values are small, so that only an error beside their own size shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = 0.1 * layer(x)
+        return x
+
+
+def test_lossy_errors_do_not_add_up() -> None:
+    """Each site gets what it got before: 1.25 to the sixth would be far above the bound."""
+    x = torch.randn(2, 8)
+    model_graph = captured(Deep(), x)
+    record = run_passes(model_graph, "normalize", "recognize_linear", _scaled(1.25), inputs=[x])[-1]
+    assert record.numeric_class == "lossy"
+    assert record.max_error == pytest.approx(0.25, rel=1e-3)
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, 2.0])
+def test_a_wrong_result_of_a_lossy_pass_is_blamed_on_its_site(factor: float) -> None:
+    x = torch.randn(2, 8)
+    with pytest.raises(VerificationError, match="declared lossy") as caught:
+        run_passes(captured(Deep(), x), "normalize", "recognize_linear", _scaled(factor, only=3), inputs=[x])
+    assert caught.value.site == "scaled#3"
+
+
+def test_a_pass_may_replace_weights() -> None:
+    """Before the pass the graph is run with the weights that it had then."""
+
+    def run(model_graph: ModelGraph, context: PassContext) -> None:
+        for node in model_graph.calls(linear.overload):
+            site, old = context.claim(node), node.args[1]
+            tensor = model_graph.weights.pop(old.name)
+            halved = model_graph.add_placeholder("halved", old.meta["val"], weight=tensor / 2)
+            with model_graph.inserting_before(node) as emit:
+                context.replace(site, node, emit(aten.mul.Tensor, emit(linear, node.args[0], halved), 2.0))
+            model_graph.eliminate_dead_code()
+            model_graph.graph.erase_node(old)
+
+    x = torch.randn(2, 8)
+    model_graph = captured(nn.Linear(8, 4, bias=False), x)
+    record = run_passes(model_graph, "normalize", "recognize_linear", Pass("halved", run), inputs=[x])[-1]
+    assert record.max_error < 1e-12
+    assert list(model_graph.weights) == ["halved"]

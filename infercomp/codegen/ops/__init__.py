@@ -4,6 +4,17 @@ from .attention import attention, paged_attention, write_kv
 from .linear import ACTIVATIONS, gated_activation, linear, merge_weights
 from .norm import layer_norm, rms_norm
 from .op import VOCABULARY, Op, definition_of, op
+from .quantized import (
+    int4_embedding,
+    int4_linear,
+    int4_weight_linear,
+    int8_embedding,
+    int8_linear,
+    int8_weight_linear,
+    quantize_per_token,
+    quantize_weight_int4,
+    quantize_weight_int8,
+)
 from .rope import rotary_embedding
 
 __all__ = [
@@ -13,11 +24,20 @@ __all__ = [
     "attention",
     "definition_of",
     "gated_activation",
+    "int4_embedding",
+    "int4_linear",
+    "int4_weight_linear",
+    "int8_embedding",
+    "int8_linear",
+    "int8_weight_linear",
     "layer_norm",
     "linear",
     "merge_weights",
     "op",
     "paged_attention",
+    "quantize_per_token",
+    "quantize_weight_int4",
+    "quantize_weight_int8",
     "rms_norm",
     "rotary_embedding",
     "write_kv",

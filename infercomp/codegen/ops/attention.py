@@ -96,13 +96,29 @@ def attention(
     return output.reshape(batch, num_heads, query_length, value.shape[-1]).to(query.dtype)
 
 
-def _fake_paged_attention(query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, *_, **__):  # type: ignore[no-untyped-def]
-    return query.new_empty(query.shape[0], query.shape[1], value_cache.shape[-1])
+def _fake_paged_attention(query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, *_, tile=0, **__):  # type: ignore[no-untyped-def]
+    return query.new_empty(query.shape[0], query.shape[1], value_cache.shape[3])
+
+
+def tile_of(dtype: torch.dtype) -> int:
+    """Values of ``dtype`` that lie side by side in a tiled cache: as many as 32 bits hold."""
+    return max(1, 4 // dtype.itemsize)
+
+
+def _gathered(cache: torch.Tensor, blocks: torch.Tensor, length: int, tile: int, is_key: bool) -> torch.Tensor:
+    """The first ``length`` positions in ``blocks`` of a cache of either layout: [Hkv, length, D]."""
+    found = cache[blocks]
+    if tile and is_key:  # [blocks, Hkv, D / tile, block_size, tile]
+        found = found.permute(0, 3, 1, 2, 4).flatten(3)
+    elif tile:  # [blocks, Hkv, block_size / tile, D, tile]
+        found = found.permute(0, 2, 4, 1, 3).flatten(1, 2)
+    return found.flatten(0, 1)[:length].transpose(0, 1)
 
 
 @op(
     "paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_tables, Tensor seq_lens,"
-    f" Tensor query_start_loc, Tensor? alibi_slopes=None, Tensor? sinks=None, *, {_ATTENTION_OPTIONS}) -> Tensor",
+    f" Tensor query_start_loc, Tensor? alibi_slopes=None, Tensor? sinks=None, *, {_ATTENTION_OPTIONS}, int tile=0)"
+    " -> Tensor",
     fake=_fake_paged_attention,
 )
 def paged_attention(
@@ -118,21 +134,25 @@ def paged_attention(
     scale: float,
     sliding_window: int | None = None,
     logit_softcap: float | None = None,
+    tile: int = 0,
 ) -> torch.Tensor:
     """Causal attention of packed queries over a paged cache (Kwon et al. 2023): [T, H, D] -> [T, H, Dv].
 
     key_cache [blocks, block_size, Hkv, D] and value_cache [blocks, block_size, Hkv, Dv] already hold
-    this step's tokens. Sequence b owns query rows ``query_start_loc[b]:query_start_loc[b+1]``, its
-    newest ``seq_lens[b]`` positions lie in ``block_tables[b]``. Each sequence is computed alone.
+    this step's tokens. With a ``tile`` of x (CPU kernels read it without shuffles) they are
+    [blocks, Hkv, D/x, block_size, x] and [blocks, Hkv, block_size/x, Dv, x].
+
+    Sequence b owns query rows ``query_start_loc[b]:query_start_loc[b+1]``, its newest ``seq_lens[b]``
+    positions lie in ``block_tables[b]``. Each sequence is computed alone.
     """
-    block_size = key_cache.shape[1]
-    output = query.new_empty(query.shape[0], query.shape[1], value_cache.shape[-1])
+    block_size = key_cache.shape[3 if tile else 1]
+    output = query.new_empty(query.shape[0], query.shape[1], value_cache.shape[3])
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
     for sequence, length in enumerate(lengths):
         first, last = starts[sequence], starts[sequence + 1]
         blocks = block_tables[sequence, : -(-length // block_size)]
-        key = key_cache[blocks].flatten(0, 1)[:length].transpose(0, 1)
-        value = value_cache[blocks].flatten(0, 1)[:length].transpose(0, 1)
+        key = _gathered(key_cache, blocks, length, tile, is_key=True)
+        value = _gathered(value_cache, blocks, length, tile, is_key=False)
         output[first:last] = attention.definition(
             query[first:last].transpose(0, 1)[None],
             key[None],
@@ -149,7 +169,8 @@ def paged_attention(
 
 
 @op(
-    "write_kv(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slot_mapping) -> ()",
+    "write_kv(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slot_mapping,"
+    " int tile=0) -> ()",
     fake=lambda *_: None,
 )
 def write_kv(
@@ -158,7 +179,17 @@ def write_kv(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
+    tile: int = 0,
 ) -> None:
-    """Write key [T, Hkv, D] and value [T, Hkv, Dv] into the slots [T] (block * block_size + offset) of the cache."""
+    """Write key [T, Hkv, D] and value [T, Hkv, Dv] into the slots [T] (block * block_size + offset) of the cache.
+
+    The caches are laid out as paged_attention reads them, with its ``tile``.
+    """
+    if tile:
+        block_size = key_cache.shape[3]
+        blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
+        key_cache[blocks, :, :, offsets] = key.unflatten(-1, (-1, tile))
+        value_cache[blocks, :, offsets // tile, :, offsets % tile] = value
+        return
     key_cache.view(-1, *key_cache.shape[2:]).index_copy_(0, slot_mapping, key)
     value_cache.view(-1, *value_cache.shape[2:]).index_copy_(0, slot_mapping, value)

@@ -1,0 +1,62 @@
+// Matrix products of a few rows of activations with a weight in panels of 32 outputs.
+//
+// A panel is one sequential stream of 32-bit words: for each step along k, 32 words, one an output, each holding the
+// next 1 (float), 2 (bfloat16), 4 (INT8) or 8 (INT4) weights of that output. One broadcast activation thus serves a
+// whole register of outputs, and nothing is ever summed across lanes. Which row of the weight an output is, is decided
+// by who packs: infercomp/codegen/weight_panels.py ahead of time, `pack_panel` here on the fly.
+//
+// Each output has one sum, to which products are added in ascending k. The order depends on k alone, never on how many
+// rows are multiplied together, so a row's results are the same bits in every batch.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#include "lanes.h"
+
+#define INFERCOMP_INLINE_LAMBDA __attribute__((always_inline))
+
+namespace infercomp {
+
+constexpr int PANEL = 32;
+constexpr int PANEL_VECTORS = PANEL / NATIVE_LANES;
+// Three quarters of the registers hold sums, the others weights and broadcast activations.
+constexpr int ROWS_IN_REGISTERS = NATIVE_REGISTERS * 3 / 4 / PANEL_VECTORS;
+// Fewer where a square of weights is transposed in registers too.
+constexpr int UNPACKED_ROWS_IN_REGISTERS = PANEL_VECTORS > 2 ? 1 : NATIVE_REGISTERS / 4 / PANEL_VECTORS;
+
+template <class Vector, int ROWS>
+using Sums = Vector[ROWS][PANEL_VECTORS];
+
+template <class To, class From>
+INFERCOMP_INLINE To reinterpret(From value) {
+    static_assert(sizeof(To) == sizeof(From));
+    return (To)value;
+}
+
+INFERCOMP_INLINE native_f32 to_floats(native_i32 values) { return __builtin_convertvector(values, native_f32); }
+
+// A tile of few rows waits for memory: hints run this far ahead of the words in use.
+constexpr int64_t PREFETCH_BYTES = 2048;
+
+template <int ROWS>
+INFERCOMP_INLINE void prefetch_words(const void* words) {
+    if constexpr (ROWS <= 4) {
+        INFERCOMP_UNROLL
+        for (int64_t line = 0; line < PANEL * 4; line += 64) {
+            __builtin_prefetch(static_cast<const char*>(words) + PREFETCH_BYTES + line);
+        }
+    }
+}
+
+template <int ROWS, class Vector, class T>
+INFERCOMP_INLINE void store_tile(const Sums<Vector, ROWS>& sums, T (*tile)[PANEL]) {
+    INFERCOMP_UNROLL
+    for (int row = 0; row < ROWS; ++row) {
+        INFERCOMP_UNROLL
+        for (int v = 0; v < PANEL_VECTORS; ++v) store(tile[row] + v * NATIVE_LANES, sums[row][v]);
+    }
+}
+
+}  // namespace infercomp

@@ -1,0 +1,123 @@
+"""The C++ compiler: found once, called in parallel, its results kept by the hash of all that went in."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+
+from ...runtime.errors import BuildError
+
+SUPPORT = Path(__file__).parent / "support"
+_COMMON = ("-std=c++17", "-O3", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-w")
+INSTRUCTION_SETS = {
+    "native": ("-march=native", "-mprefer-vector-width=512"),
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "portable": (),
+}
+
+
+@lru_cache(maxsize=1)
+def compiler() -> str:
+    """The C++ compiler's path: CXX if set, else c++, g++ or clang++; raises BuildError if there is none."""
+    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    for candidate in candidates:
+        found = shutil.which(candidate)
+        if found:
+            return found
+    raise BuildError(
+        f"no C++ compiler was found (looked for {', '.join(candidates)})",
+        remedy='install g++ or clang (Debian: apt install g++), set CXX, or use codegen="reference" to run without one',
+        field="codegen",
+    )
+
+
+def cache_folder() -> Path:
+    """Where built libraries are kept: INFERCOMP_CACHE_DIR, else infercomp under the user's cache folder."""
+    chosen = os.environ.get("INFERCOMP_CACHE_DIR")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "infercomp"
+
+
+def build_library(sources: Sequence[str], instruction_set: str) -> Path:
+    """A shared library of these C++ texts, built unless it is in the cache; each text is one translation unit.
+
+    Raises BuildError without a compiler, if the cache cannot be written, or if a text does not compile.
+    """
+    flags = (*_COMMON, *INSTRUCTION_SETS[instruction_set])
+    key = _key(sources, flags)
+    folder = cache_folder()
+    library = folder / f"{key}.so"
+    if library.exists():
+        return library
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        workplace = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=folder))
+    except OSError as error:
+        raise BuildError(
+            f"the cache folder {folder} cannot be written: {error.strerror}",
+            remedy="set INFERCOMP_CACHE_DIR to a folder that can be written",
+            field="INFERCOMP_CACHE_DIR",
+        ) from None
+    _build(sources, flags, workplace, library)
+    shutil.rmtree(workplace)
+    return library
+
+
+def _build(sources: Sequence[str], flags: Sequence[str], workplace: Path, library: Path) -> None:
+    paths = [workplace / f"unit_{i}.cpp" for i in range(len(sources))]
+    for path, text in zip(paths, sources, strict=True):
+        path.write_text(text)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(
+            pool.map(
+                lambda path: _run([compiler(), *flags, f"-I{SUPPORT}", "-c", str(path), "-o", f"{path}.o"], path), paths
+            )
+        )
+    linked = workplace / "linked.so"
+    _run([compiler(), "-shared", "-pthread", *(f"{path}.o" for path in paths), "-o", str(linked)], workplace)
+    # Renaming is atomic: nobody loads half a library, whoever else builds the same.
+    linked.replace(library)
+
+
+def _run(command: Sequence[str], place: Path) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        first = "\n    ".join(result.stderr.strip().splitlines()[:12])
+        raise BuildError(
+            f"the C++ compiler refused a generated file:\n    {first}",
+            where=str(place),
+            remedy='the file is kept; please report it, and use codegen="reference" meanwhile',
+        )
+
+
+def _key(sources: Sequence[str], flags: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for part in (*sources, *flags, _compiler_version(), _support_text(), _processor()):
+        digest.update(part.encode())
+        digest.update(b"\0")
+    return digest.hexdigest()[:24]
+
+
+@lru_cache(maxsize=1)
+def _compiler_version() -> str:
+    return subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=True).stdout
+
+
+@lru_cache(maxsize=1)
+def _support_text() -> str:
+    return "\0".join(path.read_text() for path in sorted(SUPPORT.iterdir()) if path.is_file())
+
+
+@lru_cache(maxsize=1)
+def _processor() -> str:
+    """What -march=native stands for here."""
+    command = [compiler(), "-march=native", "-Q", "--help=target"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout

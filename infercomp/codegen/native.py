@@ -1,0 +1,151 @@
+"""From segments to native steps: kernels emitted and built, operands numbered, sizes found."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import sympy
+import torch
+from torch import fx
+
+from ..runtime.native_step import KernelCall, NativeStep, OutputSpec, SizeSource
+from .cpp.emit import emit_units
+from .cpp.toolchain import SUPPORT, build_library
+from .grouping import Group
+from .indexing import size_expr
+from .lazy_tensor import Refused
+from .model_graph import source_line, value_of
+from .regions import Source
+from .segments import Segment, plan_arena
+from .specs import KernelSpec, spec_name, symbols_of
+
+
+@dataclass(frozen=True)
+class BuiltSegment:
+    """A step, the graph nodes or packed weights it takes, and the nodes it returns."""
+
+    step: NativeStep
+    inputs: tuple[Source, ...]
+    outputs: tuple[fx.Node, ...]
+
+
+def build_segments(segments: Sequence[Segment], exported: set[fx.Node], instruction_set: str) -> list[BuiltSegment]:
+    """All segments of a program, over one library."""
+    kernels: dict[str, KernelSpec] = {}
+    origins: dict[str, list[str]] = {}
+    names: dict[int, str] = {}
+    for group in (group for segment in segments for group in segment.groups):
+        name = spec_name(group.spec)
+        kernels.setdefault(name, group.spec)
+        names[id(group)] = name
+        origins.setdefault(name, _origin(group))
+    library = build_library(emit_units(kernels, origins, os.cpu_count() or 1), instruction_set)
+    executor = build_library([(SUPPORT / "executor.cpp").read_text()], instruction_set)
+    leaving = exported | _read_by_other_segments(segments)
+    return [_Assembly(segment, leaving, names).built(library, executor) for segment in segments]
+
+
+def _origin(group: Group) -> list[str]:
+    """What a kernel was made from: ops, the first layer's nodes, and their lines in the model."""
+    ops = dict.fromkeys(str(node.target) for node in group.nodes)
+    lines = dict.fromkeys(line for node in group.nodes if (line := source_line(node)))
+    return [f"ops: {', '.join(ops)}", f"nodes: {', '.join(node.name for node in group.nodes)}", *lines]
+
+
+def _read_by_other_segments(segments: Sequence[Segment]) -> set[fx.Node]:
+    owner = {node: i for i, segment in enumerate(segments) for group in segment.groups for node in group.results}
+    return {
+        source
+        for i, segment in enumerate(segments)
+        for group in segment.groups
+        for source in group.sources
+        if isinstance(source, fx.Node) and owner.get(source, i) != i
+    }
+
+
+class _Assembly:
+    """Numbers the operands and sizes of one segment."""
+
+    def __init__(self, segment: Segment, leaving: set[fx.Node], names: Mapping[int, str]) -> None:
+        self._segment = segment
+        self._names = names
+        produced = {node for group in segment.groups for node in group.results}
+        self._outputs = tuple(node for group in segment.groups for node in group.results if node in leaving)
+        self._slot_of, self._slots = plan_arena(segment, leaving)
+        sources = dict.fromkeys(source for group in segment.groups for source in group.sources)
+        self._inputs: list[Source] = [source for source in sources if source not in produced]
+        self._symbols: dict[sympy.Symbol, int] = {}
+        self._sizes: list[SizeSource] = []
+
+    def built(self, library: object, executor: object) -> BuiltSegment:
+        phases = [(group, self._segment.phases[id(group)]) for group in self._segment.groups]
+        self._find_sizes()
+        calls = tuple(
+            KernelCall(
+                self._names[id(group)],
+                phase,
+                tuple(self._place(operand) for operand in group.operands),
+                tuple(self._symbols[group.symbols[int(s.name[1:])]] for s in symbols_of(group.spec)),
+            )
+            for group, phase in phases
+        )
+        outputs = tuple(
+            OutputSpec(tuple(self._text(size_expr(e)) for e in value_of(node).shape), value_of(node).dtype)
+            for node in self._outputs
+        )
+        slots = tuple(self._text(slot.num_bytes) for slot in self._slots)
+        step = NativeStep(library, executor, calls, tuple(self._sizes), slots, outputs, len(self._inputs))  # type: ignore[arg-type]
+        return BuiltSegment(step, tuple(self._inputs), self._outputs)
+
+    def _place(self, operand: Source) -> int:
+        if isinstance(operand, fx.Node) and operand in self._slot_of:
+            return len(self._inputs) + self._slot_of[operand]
+        if operand in self._outputs:
+            return len(self._inputs) + len(self._slots) + self._outputs.index(operand)  # type: ignore[arg-type]
+        return self._inputs.index(operand)
+
+    def _find_sizes(self) -> None:
+        wanted: dict[sympy.Symbol, None] = {}
+        for group in self._segment.groups:
+            for symbol in group.symbols:
+                wanted.setdefault(symbol)
+            for node in group.results:
+                for extent in value_of(node).shape:
+                    for symbol in sorted(size_expr(extent).free_symbols, key=str):
+                        wanted.setdefault(symbol)
+        for symbol in wanted:
+            self._symbols[symbol] = len(self._sizes)
+            self._sizes.append(self._size_source(symbol))
+
+    def _size_source(self, symbol: sympy.Symbol) -> SizeSource:
+        for position, source in enumerate(self._inputs):
+            if isinstance(source, fx.Node) and isinstance(value_of(source), torch.Tensor):
+                for dim, extent in enumerate(value_of(source).shape):
+                    if size_expr(extent) == symbol:
+                        return SizeSource(position, dim)
+        node = self._graph_input_with(symbol)
+        self._inputs.append(node)
+        return self._size_source_of(node, symbol)
+
+    def _size_source_of(self, node: fx.Node, symbol: sympy.Symbol) -> SizeSource:
+        value = value_of(node)
+        if not isinstance(value, torch.Tensor):
+            return SizeSource(self._inputs.index(node), None)
+        dims = [dim for dim, extent in enumerate(value.shape) if size_expr(extent) == symbol]
+        return SizeSource(self._inputs.index(node), dims[0])
+
+    def _graph_input_with(self, symbol: sympy.Symbol) -> fx.Node:
+        graph = self._segment.groups[0].nodes[0].graph
+        for node in (node for node in graph.nodes if node.op == "placeholder"):
+            value = value_of(node)
+            if isinstance(value, torch.SymInt) and size_expr(value) == symbol:
+                return node
+            if isinstance(value, torch.Tensor) and any(size_expr(extent) == symbol for extent in value.shape):
+                return node
+        raise Refused(f"no input has the size {symbol}")
+
+    def _text(self, expression: sympy.Expr) -> str:
+        names = {symbol: sympy.Symbol(f"s{i}") for symbol, i in self._symbols.items()}
+        return str(expression.subs(names))

@@ -1,0 +1,158 @@
+"""``NativeStep``: a table of generated kernels, run as one parallel region over one arena."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import InputError
+
+SizeFunction = Callable[..., Sequence[int]]
+_INT64 = ctypes.c_int64
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class KernelCall:
+    """One call: operands are places in inputs + slots + outputs, symbols places in the step's sizes."""
+
+    kernel: str
+    phase: int
+    operands: tuple[int, ...]
+    symbols: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SizeSource:
+    """Where a size is read: dimension ``dim`` of input ``position``, or the input itself where dim is None."""
+
+    position: int
+    dim: int | None
+
+
+@dataclass(frozen=True)
+class OutputSpec:
+    """A tensor that the step returns; its shape as expressions of the sizes ``s0``, ``s1`` …"""
+
+    shape: tuple[str, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, eq=False)
+class NativeStep:
+    """Kernels of ``library`` called in phases.
+
+    Inputs are contiguous tensors (others are copied) and integers; ``slot_bytes`` are expressions of the
+    sizes. Raises InputError where a kernel met an index out of range.
+    """
+
+    library: Path
+    executor: Path
+    calls: tuple[KernelCall, ...]
+    sizes: tuple[SizeSource, ...]
+    slot_bytes: tuple[str, ...]
+    outputs: tuple[OutputSpec, ...]
+    num_inputs: int
+
+    def __call__(self, *inputs: Any) -> list[torch.Tensor]:
+        inputs = tuple(x.contiguous() if isinstance(x, torch.Tensor) else x for x in inputs)
+        sizes = tuple(inputs[s.position] if s.dim is None else inputs[s.position].shape[s.dim] for s in self.sizes)
+        offsets, num_bytes, shapes = self._layout(sizes)
+        device = torch.device("cpu")
+        outputs = [
+            torch.empty(shape, dtype=o.dtype, device=device) for shape, o in zip(shapes, self.outputs, strict=True)
+        ]
+        arena = torch.empty(num_bytes + _ALIGNMENT, dtype=torch.uint8)
+        base = -(-arena.data_ptr() // _ALIGNMENT) * _ALIGNMENT
+        pointers = [x.data_ptr() if isinstance(x, torch.Tensor) else 0 for x in inputs]
+        pointers += [base + offset for offset in offsets]
+        pointers += [output.data_ptr() for output in outputs]
+        self._table.run(pointers, sizes)
+        return outputs
+
+    @cached_property
+    def _table(self) -> _Table:
+        return _Table(self)
+
+    @cached_property
+    def _layout_function(self) -> SizeFunction:
+        names = ", ".join(f"s{i}" for i in range(len(self.sizes)))
+        shapes = ", ".join("(" + "".join(f"{extent}, " for extent in output.shape) + ")" for output in self.outputs)
+        slots = ", ".join(self.slot_bytes)
+        function: SizeFunction = eval(f"lambda {names}: ([{slots}], [{shapes}])", {"Max": max})
+        return function
+
+    @cached_property
+    def _layout(self) -> Callable[[tuple[int, ...]], tuple[list[int], int, list[tuple[int, ...]]]]:
+        @lru_cache(maxsize=1024)
+        def layout(sizes: tuple[int, ...]) -> tuple[list[int], int, list[tuple[int, ...]]]:
+            slots, shapes = self._layout_function(*sizes)
+            offsets, end = [], 0
+            for num_bytes in slots:  # type: ignore[attr-defined]
+                offsets.append(end)
+                end += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+            return offsets, end, shapes  # type: ignore[return-value]
+
+        return layout
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NativeStep:
+        return self
+
+
+class _Table:
+    """The step's call table on the other side."""
+
+    def __init__(self, step: NativeStep) -> None:
+        self._executor = load_executor(step.executor)
+        self._library = ctypes.CDLL(str(step.library))
+        self._handle = ctypes.c_void_p(self._executor.infercomp_step_new())
+        self._num_pointers = step.num_inputs + len(step.slot_bytes) + len(step.outputs)
+        self._num_sizes = len(step.sizes)
+        for call in step.calls:
+            kernel = ctypes.c_char.in_dll(self._library, f"infercomp_kernel_{call.kernel}")
+            self._executor.infercomp_step_add(
+                self._handle,
+                ctypes.byref(kernel),
+                _INT64(call.phase),
+                (_INT64 * len(call.operands))(*call.operands),
+                _INT64(len(call.operands)),
+                (_INT64 * len(call.symbols))(*call.symbols),
+                _INT64(len(call.symbols)),
+            )
+
+    def run(self, pointers: Sequence[int], sizes: Sequence[int], is_timed: bool = False) -> None:
+        num_bad = self._executor.infercomp_step_run(
+            self._handle,
+            (ctypes.c_void_p * self._num_pointers)(*pointers),
+            (_INT64 * max(1, self._num_sizes))(*sizes),
+            torch.get_num_threads(),
+            int(is_timed),
+        )
+        if num_bad:
+            raise InputError(
+                f"{num_bad} indices were out of range of the table that they index",
+                remedy="check token ids against the vocabulary and positions against the model's limit",
+                field="input_ids",
+            )
+
+    def nanoseconds(self, call: int) -> int:
+        return int(self._executor.infercomp_step_nanoseconds(self._handle, _INT64(call)))
+
+    def __del__(self) -> None:
+        self._executor.infercomp_step_delete(self._handle)
+
+
+@lru_cache(maxsize=4)
+def load_executor(path: Path) -> ctypes.CDLL:
+    executor = ctypes.CDLL(str(path))
+    executor.infercomp_step_new.restype = ctypes.c_void_p
+    executor.infercomp_step_delete.argtypes = [ctypes.c_void_p]
+    executor.infercomp_step_run.restype = _INT64
+    executor.infercomp_step_nanoseconds.restype = _INT64
+    return executor

@@ -1,0 +1,413 @@
+"""The matrix kernels of gemm.h against float64 and int64, built for this machine and for instruction sets with less."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import infercomp.codegen.cpp
+from infercomp.codegen import weight_panels
+from infercomp.codegen.weight_panels import PANEL, PanelFormat, gated_row_order, plain_row_order
+
+SUPPORT = Path(infercomp.codegen.cpp.__file__).parent / "support"
+
+# A product in blocks of at most `block` rows, each panel's tile copied to its place in the output.
+HARNESS = """
+#include "gemm.h"
+using namespace infercomp;
+
+template <class Format, class... RowSums>
+void product(int num_rows, const void* rows, int64_t row_stride, const char* panels, int num_panels, int64_t k,
+             int block, void* output, RowSums... row_sums) {
+    using Accumulator = typename Format::accumulator;
+    const auto* activations = static_cast<const typename Format::activation*>(rows);
+    for (int panel = 0; panel < num_panels; ++panel) {
+        for (int first = 0; first < num_rows; first += block) {
+            const int count = num_rows - first < block ? num_rows - first : block;
+            Accumulator tile[Format::MAX_ROWS][PANEL];
+            multiply_rows<Format>(count, activations + first * row_stride, row_stride,
+                                  panels + panel * Format::panel_bytes(k), k, row_sums(first)..., tile);
+            for (int row = 0; row < count; ++row) {
+                std::memcpy(static_cast<Accumulator*>(output) + ((first + row) * num_panels + panel) * PANEL, tile[row],
+                            sizeof(tile[row]));
+            }
+        }
+    }
+}
+
+#define EXPORT(name, ...) \\
+    extern "C" int name##_max_rows() { return __VA_ARGS__::MAX_ROWS; } \\
+    extern "C" int64_t name##_panel_bytes(int64_t k) { return __VA_ARGS__::panel_bytes(k); } \\
+    extern "C" void name(int num_rows, const void* rows, int64_t row_stride, const char* panels, int num_panels, \\
+                         int64_t k, int block, void* output, const int32_t* sums, int64_t sums_stride)
+#define EXPORT_FLOAT(name, ...) \\
+    EXPORT(name, __VA_ARGS__) { \\
+        (void)sums, (void)sums_stride; \\
+        product<__VA_ARGS__>(num_rows, rows, row_stride, panels, num_panels, k, block, output); \\
+    }
+#define EXPORT_INT(name, ...) \\
+    EXPORT(name, __VA_ARGS__) { \\
+        const auto sums_from = [=](int row) { return sums + row * sums_stride; }; \\
+        product<__VA_ARGS__>(num_rows, rows, row_stride, panels, num_panels, k, block, output, sums_from); \\
+    }
+
+EXPORT_FLOAT(f32, F32Panels)
+EXPORT_FLOAT(bf16_panels, BF16Panels)
+EXPORT_INT(int8, INT8Panels)
+EXPORT_FLOAT(int8_weights_bf16, INT8WeightPanels<bf16>)
+EXPORT_INT(int4_g32_zp, INT4Panels<32, true>)
+EXPORT_INT(int4_g64, INT4Panels<64, false>)
+EXPORT_FLOAT(int4_weights_g32_zp, INT4WeightPanels<32, true, float>)
+EXPORT_FLOAT(int4_weights_g128_bf16, INT4WeightPanels<128, false, bf16>)
+
+template <class Format, class Source>
+void unpacked(int num_rows, const void* rows, int64_t row_stride, const Source& weight, int64_t k, float* panel,
+              float (*tile)[PANEL]) {
+    pack_panel(weight, k, panel);
+    const auto* activations = static_cast<const typename Format::activation*>(rows);
+    for (int first = 0; first < num_rows; first += Format::MAX_UNPACKED_ROWS) {
+        const int count = num_rows - first < Format::MAX_UNPACKED_ROWS ? num_rows - first : Format::MAX_UNPACKED_ROWS;
+        multiply_unpacked_rows<Format>(count, activations + first * row_stride, row_stride, weight, k, tile + first);
+    }
+}
+
+#define EXPORT_UNPACKED(name, T, ...) \\
+    extern "C" void rows_##name(int num_rows, const void* rows, int64_t row_stride, const T* const* weight, \\
+                                int64_t k, float* panel, float (*tile)[PANEL]) { \\
+        unpacked<__VA_ARGS__>(num_rows, rows, row_stride, WeightRows<T>{weight}, k, panel, tile); \\
+    } \\
+    extern "C" void columns_##name(int num_rows, const void* rows, int64_t row_stride, const T* first, \\
+                                   int first_count, const T* second, int second_count, int64_t weight_stride, \\
+                                   int64_t k, float* panel, float (*tile)[PANEL]) { \\
+        const WeightColumns<T> weight{{{first, first_count}, {second, second_count}}, weight_stride}; \\
+        unpacked<__VA_ARGS__>(num_rows, rows, row_stride, weight, k, panel, tile); \\
+    }
+
+EXPORT_UNPACKED(f32, float, F32Panels)
+EXPORT_UNPACKED(bf16_panels, bf16, BF16Panels)
+"""
+
+COMPILE = ["c++", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-fPIC", f"-I{SUPPORT}"]
+VARIANTS = {"native": ["-O2", "-march=native"], "portable": ["-O1"]}
+if platform.machine() == "x86_64" and " avx2 " in Path("/proc/cpuinfo").read_text():
+    VARIANTS["avx2"] = ["-O1", "-mavx2", "-mfma"]
+
+
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ctypes.CDLL]:
+    """The harness for each variant, compiled side by side."""
+    folder = tmp_path_factory.mktemp("gemm")
+    (folder / "harness.cpp").write_text(HARNESS)
+    builds = {
+        name: subprocess.Popen([*COMPILE, *flags, "-shared", "harness.cpp", "-o", f"{name}.so"], cwd=folder)
+        for name, flags in VARIANTS.items()
+    }
+    assert [build.wait() for build in builds.values()] == [0] * len(builds)
+    return {name: ctypes.CDLL(str(folder / f"{name}.so")) for name in VARIANTS}
+
+
+@pytest.fixture(params=list(VARIANTS))
+def library(request: pytest.FixtureRequest, libraries: dict[str, ctypes.CDLL]) -> ctypes.CDLL:
+    return libraries[request.param]
+
+
+def pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+@dataclass
+class Case:
+    """Operands of one product in float64, what the kernel gets of them, and by how much it may miss."""
+
+    rows: Tensor  # [R, K], a view into wider rows whose rest is poison
+    panels: Tensor  # [P, …]
+    row_order: Tensor  # [P * 32]
+    row_sums: Tensor | None  # int32 [R, groups]
+    weight: Tensor  # float64 [N, K]
+    tolerance: Tensor | float  # [R, N] or 0: exact
+
+    def product(self, library: ctypes.CDLL, kernel: str, block: int | None = None, rows: slice = slice(None)) -> Tensor:
+        """[R, P * 32], in blocks of `block` rows."""
+        activations = self.rows[rows]
+        dtype = torch.int32 if kernel == "int8" else torch.float32
+        output = torch.full((len(activations), len(self.row_order)), 99, dtype=dtype)
+        sums = self.row_sums[rows].contiguous() if self.row_sums is not None else torch.empty(1, 1, dtype=torch.int32)
+        getattr(library, kernel)(
+            len(activations),
+            pointer(activations),
+            ctypes.c_int64(activations.stride(0)),
+            pointer(self.panels),
+            len(self.panels),
+            ctypes.c_int64(activations.shape[1]),
+            block or getattr(library, kernel + "_max_rows")(),
+            pointer(output),
+            pointer(sums),
+            ctypes.c_int64(sums.shape[1]),
+        )
+        return output
+
+    def is_right(self, output: Tensor) -> bool:
+        lanes = self.row_order >= 0
+        expected = self.rows.double() @ self.weight.T
+        misses = (output[:, lanes].double() - expected[:, self.row_order[lanes]]).abs()
+        allowed = self.tolerance if isinstance(self.tolerance, float) else self.tolerance[:, self.row_order[lanes]]
+        return bool((misses <= allowed).all()) and bool((output[:, ~lanes] == 0).all())
+
+
+def poisoned(rows: Tensor, poison: float) -> Tensor:
+    wide = torch.full((rows.shape[0], rows.shape[1] + 5), poison, dtype=rows.dtype)
+    wide[:, : rows.shape[1]] = rows
+    return wide[:, : rows.shape[1]]
+
+
+def sum_tolerance(rows: Tensor, weight: Tensor, num_roundings: int) -> Tensor:
+    """The classic bound of a sum of products in float32: each rounding errs by at most eps of Σ |a||w|."""
+    return num_roundings * torch.finfo(torch.float32).eps * (rows.double().abs() @ weight.double().abs().T)
+
+
+def int8_values(*shape: int) -> Tensor:
+    """All of -128..127, the ends often: 255 * 127 twice would overflow an instruction that saturates at 16 bits."""
+    ends = torch.where(torch.rand(shape) < 0.5, -128, 127)
+    return torch.where(torch.rand(shape) < 0.3, ends, torch.randint(-128, 128, shape)).to(torch.int8)
+
+
+def float_case(
+    num_rows: int, n: int, k: int, order: Tensor, activation: torch.dtype, weight_dtype: torch.dtype
+) -> Case:
+    rows = torch.randn(num_rows, k).to(activation)
+    weight = torch.randn(n, k).to(weight_dtype)
+    panels = weight_panels.pack_float_panels(weight, order)
+    tolerance = sum_tolerance(rows, weight, k)
+    return Case(poisoned(rows, float("nan")), panels, order, None, weight.double(), tolerance)
+
+
+def int8_case(num_rows: int, n: int, k: int, order: Tensor) -> Case:
+    rows, weight = int8_values(num_rows, k), int8_values(n, k)
+    panels = weight_panels.pack_int8_panels(weight, order)
+    row_sums = rows.sum(1, keepdim=True, dtype=torch.int32)
+    return Case(poisoned(rows, 77), panels, order, row_sums, weight.double(), 0.0)
+
+
+def int8_weights_case(num_rows: int, n: int, k: int, order: Tensor, activation: torch.dtype) -> Case:
+    rows, weight = torch.randn(num_rows, k).to(activation), int8_values(n, k)
+    panels = weight_panels.pack_int8_panels(weight, order)
+    tolerance = sum_tolerance(rows, weight, k)
+    return Case(poisoned(rows, float("nan")), panels, order, None, weight.double(), tolerance)
+
+
+def int4_case(
+    num_rows: int, n: int, k: int, order: Tensor, *, group: int, zero_points: bool, activation: torch.dtype
+) -> Case:
+    """`k` is rounded up to whole groups."""
+    num_groups = -(-k // group)
+    k = num_groups * group
+    q = torch.randint(0, 16, (n, k), dtype=torch.uint8)
+    # Subnormal half-precision scales are among them.
+    scales = (torch.randn(n, num_groups) * 10.0 ** torch.randint(-7, 3, (n, num_groups))).half()
+    zeros = torch.randint(0, 256, (n, num_groups), dtype=torch.uint8) if zero_points else None
+    panels = weight_panels.pack_int4_panels(q, scales, zeros, order)
+    shifts = zeros.double() if zeros is not None else torch.full((n, num_groups), 8.0, dtype=torch.float64)
+    weight = scales.double().repeat_interleave(group, 1) * (q - shifts.repeat_interleave(group, 1))
+    rows = int8_values(num_rows, k) if activation == torch.int8 else torch.randn(num_rows, k).to(activation)
+    row_sums = rows.unflatten(1, (num_groups, group)).sum(2, dtype=torch.int32) if activation == torch.int8 else None
+    # One rounding more a group than products: the scale's.
+    tolerance = sum_tolerance(rows, weight, k + num_groups)
+    return Case(
+        poisoned(rows, 77 if activation == torch.int8 else float("nan")), panels, order, row_sums, weight, tolerance
+    )
+
+
+def case_of(kernel: str) -> Callable[[int, int, int, Tensor], Case]:
+    f32, bf16, i8 = torch.float32, torch.bfloat16, torch.int8
+    return {
+        "f32": lambda *shape: float_case(*shape, f32, f32),
+        "bf16_panels": lambda *shape: float_case(*shape, bf16, bf16),
+        "int8": int8_case,
+        "int8_weights_bf16": lambda *shape: int8_weights_case(*shape, bf16),
+        "int4_g32_zp": lambda *shape: int4_case(*shape, group=32, zero_points=True, activation=i8),
+        "int4_g64": lambda *shape: int4_case(*shape, group=64, zero_points=False, activation=i8),
+        "int4_weights_g32_zp": lambda *shape: int4_case(*shape, group=32, zero_points=True, activation=f32),
+        "int4_weights_g128_bf16": lambda *shape: int4_case(*shape, group=128, zero_points=False, activation=bf16),
+    }[kernel]
+
+
+FORMATS: dict[str, PanelFormat] = {
+    "f32": weight_panels.F32,
+    "bf16_panels": weight_panels.BF16,
+    "int8": weight_panels.INT8,
+    "int8_weights_bf16": weight_panels.INT8,
+    "int4_g32_zp": weight_panels.int4(32, True),
+    "int4_g64": weight_panels.int4(64, False),
+    "int4_weights_g32_zp": weight_panels.int4(32, True),
+    "int4_weights_g128_bf16": weight_panels.int4(128, False),
+}
+SHAPES = st.tuples(st.integers(1, 30), st.integers(1, 80), st.integers(1, 150), st.booleans(), st.integers(0, 999))
+
+
+def draw_case(kernel: str, shape: tuple[int, int, int, bool, int]) -> Case:
+    num_rows, num_outputs, k, gated, seed = shape
+    torch.manual_seed(seed)
+    if gated:
+        return case_of(kernel)(num_rows, 2 * num_outputs, k, gated_row_order(num_outputs))
+    return case_of(kernel)(num_rows, num_outputs, k, plain_row_order(num_outputs))
+
+
+@pytest.mark.parametrize("kernel", FORMATS)
+@settings(max_examples=12)
+@given(shape=SHAPES, block=st.integers(1, 30))
+def test_product_and_its_bits(
+    kernel: str, libraries: dict[str, ctypes.CDLL], shape: tuple[int, int, int, bool, int], block: int
+) -> None:
+    """Right for every build, and the same bits for every number of rows multiplied together."""
+    case = draw_case(kernel, shape)
+    for name, library in libraries.items():
+        max_rows = getattr(library, kernel + "_max_rows")()
+        whole = case.product(library, kernel)
+        assert case.is_right(whole), name
+        assert torch.equal(whole, case.product(library, kernel, block=min(block, max_rows))), name
+        last = slice(len(case.rows) - 1, None)
+        assert torch.equal(whole[last], case.product(library, kernel, rows=last)), name
+
+
+@pytest.mark.parametrize("kernel", ["int8", "int4_g64"])
+def test_long_sums_of_the_largest_values(kernel: str, library: ctypes.CDLL) -> None:
+    """What would saturate or wrap, does so here: 4,096 products of -128 with the weight furthest from zero."""
+    k, n = 4096, 32
+    rows = torch.full((3, k), -128, dtype=torch.int8)
+    order = plain_row_order(n)
+    if kernel == "int8":
+        weight = torch.full((n, k), 127, dtype=torch.int8)
+        panels, groups = weight_panels.pack_int8_panels(weight, order), 1
+    else:
+        weight = torch.full((n, k), 7)
+        scales = torch.ones(n, k // 64, dtype=torch.float16)
+        panels, groups = weight_panels.pack_int4_panels((weight + 8).to(torch.uint8), scales, None, order), k // 64
+    row_sums = rows.unflatten(1, (groups, -1)).sum(2, dtype=torch.int32)
+    case = Case(rows, panels, order, row_sums, weight.double(), 0.0)
+    assert case.is_right(case.product(library, kernel))
+
+
+@pytest.mark.parametrize("kernel", FORMATS)
+def test_swapped_inputs_are_caught(kernel: str, library: ctypes.CDLL) -> None:
+    """A kernel that takes two neighbouring activations for each other fails the check that the others pass."""
+    case = draw_case(kernel, (7, 40, 128, False, 3))
+    k = case.rows.shape[1]
+    swapped = torch.arange(k).view(-1, 2).flip(1).flatten()
+    case.rows.copy_(case.rows[:, swapped].clone())
+    wrong = case.product(library, kernel)
+    case.rows.copy_(case.rows[:, swapped].clone())
+    assert case.is_right(case.product(library, kernel))
+    assert not case.is_right(wrong)
+
+
+@pytest.mark.parametrize("kernel", FORMATS)
+def test_panel_bytes(kernel: str, library: ctypes.CDLL) -> None:
+    """Python and C++ agree on them, packing makes as many, and every panel starts on a cache line."""
+    for k in (128, 131, 384):
+        case = draw_case(kernel, (1, 33, k, False, 0))
+        k = case.rows.shape[1]
+        num_bytes = FORMATS[kernel].panel_bytes(k)
+        counted = getattr(library, kernel + "_panel_bytes")
+        counted.restype = ctypes.c_int64
+        assert counted(ctypes.c_int64(k)) == num_bytes == case.panels[0].numel() * case.panels.element_size()
+        assert num_bytes % 64 == 0 and case.panels.data_ptr() % 64 == 0
+
+
+UNPACKED = {"f32": torch.float32, "bf16_panels": torch.bfloat16}
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.uint8)
+
+
+def draw_unpacked(kernel: str, shape: tuple[int, int, int, bool, int]) -> tuple[Case, Tensor]:
+    """A case, and its weight [N, K] in the dtype of the kernel."""
+    case = draw_case(kernel, shape)
+    return case, case.weight.to(UNPACKED[kernel])
+
+
+def int64s(*values: int) -> list[ctypes.c_int64]:
+    return [ctypes.c_int64(value) for value in values]
+
+
+@pytest.mark.parametrize("kernel", UNPACKED)
+@settings(max_examples=15)
+@given(shape=SHAPES)
+def test_rows_in_their_owners_memory(
+    kernel: str, libraries: dict[str, ctypes.CDLL], shape: tuple[int, int, int, bool, int]
+) -> None:
+    """Packed on the fly: the bytes packed ahead of time. Multiplied without packing: the bits of the packed product."""
+    case, weight = draw_unpacked(kernel, shape)
+    weight = poisoned(weight, float("nan"))
+    num_rows, k = case.rows.shape
+    row_bytes = weight.stride(0) * weight.element_size()
+    for name, library in libraries.items():
+        expected = case.product(library, kernel)
+        packed = torch.full_like(case.panels, float("nan"))
+        for index, lanes in enumerate(case.row_order.view(-1, PANEL)):
+            pointers = (ctypes.c_void_p * PANEL)(
+                *[weight.data_ptr() + row * row_bytes if row >= 0 else None for row in lanes.tolist()]
+            )
+            tile = torch.empty(num_rows, PANEL)
+            activations = num_rows, pointer(case.rows), *int64s(case.rows.stride(0))
+            target = pointer(packed[index]), pointer(tile)
+            getattr(library, f"rows_{kernel}")(*activations, pointers, *int64s(k), *target)
+            assert torch.equal(tile, expected[:, index * PANEL : (index + 1) * PANEL]), name
+        assert torch.equal(bits(packed), bits(case.panels)), name
+
+
+@pytest.mark.parametrize("kernel", UNPACKED)
+@settings(max_examples=15)
+@given(shape=SHAPES)
+def test_columns_in_their_owners_memory(
+    kernel: str, libraries: dict[str, ctypes.CDLL], shape: tuple[int, int, int, bool, int]
+) -> None:
+    """A weight stored [K, N] gives what its transpose gives that is packed ahead of time."""
+    case, weight = draw_unpacked(kernel, shape)
+    weight = poisoned(weight.T.contiguous(), float("nan"))
+    num_rows, k = case.rows.shape
+    for name, library in libraries.items():
+        expected = case.product(library, kernel)
+        packed = torch.full_like(case.panels, float("nan"))
+        for index, lanes in enumerate(case.row_order.view(-1, 2, PANEL // 2)):
+            halves: list[ctypes.c_void_p | int] = []
+            for half in lanes:
+                first = max(int(half[0]), 0)
+                halves += [ctypes.c_void_p(weight[:, first:].data_ptr()), int((half >= 0).sum())]
+            tile = torch.empty(num_rows, PANEL)
+            activations = num_rows, pointer(case.rows), *int64s(case.rows.stride(0))
+            target = pointer(packed[index]), pointer(tile)
+            getattr(library, f"columns_{kernel}")(*activations, *halves, *int64s(weight.stride(0), k), *target)
+            assert torch.equal(tile, expected[:, index * PANEL : (index + 1) * PANEL]), name
+        assert torch.equal(bits(packed), bits(case.panels)), name
+
+
+def test_sets_this_machine_may_lack_compile(tmp_path: Path) -> None:
+    if platform.machine() != "x86_64":
+        pytest.skip("the instruction sets of x86-64")
+    (tmp_path / "harness.cpp").write_text(HARNESS)
+    for flags in (["-march=cooperlake"], ["-mavx2", "-mfma", "-mavxvnni"], ["-mavx512f", "-mavx512bw"]):
+        subprocess.run([*COMPILE, *flags, "-fsyntax-only", "harness.cpp"], cwd=tmp_path, check=True)
+
+
+def test_bad_operands_are_refused() -> None:
+    with pytest.raises(ValueError, match="float64"):
+        weight_panels.pack_float_panels(torch.zeros(4, 4, dtype=torch.float64), plain_row_order(4))
+    with pytest.raises(ValueError, match="uint8"):
+        weight_panels.pack_int8_panels(torch.zeros(4, 4, dtype=torch.uint8), plain_row_order(4))
+    with pytest.raises(ValueError, match="does not fill panels"):
+        weight_panels.pack_float_panels(torch.zeros(4, 4), torch.arange(4))
+    with pytest.raises(ValueError, match="groups of 64"):
+        weight_panels.int4(64, False).panel_bytes(96)
+    with pytest.raises(ValueError, match="multiple of 32"):
+        weight_panels.int4(48, False)
