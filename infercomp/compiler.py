@@ -64,5 +64,6 @@ def compile_graph(
     program = lower(model_graph, config.codegen)
     report = Report(records, program.ops)
     if dump is not None:
+        dump.write_kernels(program.kernel_texts)
         dump.write_report(report)
     return Compiled(program, model_graph, report)

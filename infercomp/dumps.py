@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ class Dump:
         self._num_weight_files = 0
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            for pattern in ("[0-9][0-9]_*.py", "*.safetensors", "report.json"):
+            for pattern in ("[0-9][0-9]_*.py", "*.safetensors", "kernels_*.cpp", "report.json"):
                 for stale in directory.glob(pattern):
                     stale.unlink()
         except OSError as error:
@@ -61,6 +61,11 @@ class Dump:
             _save(self.directory / f"inputs_{index:02d}.safetensors", tensors)
         text = python_source(model_graph, name, index)
         (self.directory / f"{index:02d}_{name}.py").write_text(text)
+
+    def write_kernels(self, texts: Sequence[str]) -> None:
+        """The generated kernels, each naming the ops, nodes and lines of the model that it came from."""
+        for position, text in enumerate(texts):
+            (self.directory / f"kernels_{position}.cpp").write_text(text)
 
     def write_report(self, report: Report) -> None:
         temporary = self.directory / "report.json.part"
@@ -132,14 +137,18 @@ def _statements(graph: fx.Graph) -> Iterator[str]:
             previous = line
         operands = [_text(argument) for argument in node.args]
         operands += [f"{key}={_text(value)}" for key, value in node.kwargs.items()]
-        yield f"{node.name} = {_target(node)}({', '.join(operands)}){_shape_comment(node)}"
+        yield f"{node.name} = {_target(node)}({', '.join(operands)}){_comment(node)}"
 
 
-def _shape_comment(node: fx.Node) -> str:
-    value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor):
-        return ""
-    return f"  # {str(value.dtype).removeprefix('torch.')} [{', '.join(str(extent) for extent in value.shape)}]"
+def _comment(node: fx.Node) -> str:
+    """The dtype and shape of a call's result, and the kernel that a fusion put it into."""
+    value, parts = node.meta.get("val"), []
+    if isinstance(value, torch.Tensor):
+        shape = ", ".join(str(extent) for extent in value.shape)
+        parts.append(f"{str(value.dtype).removeprefix('torch.')} [{shape}]")
+    if "kernel" in node.meta:
+        parts.append(f"in the kernel of {node.meta['kernel']}")
+    return f"  # {', '.join(parts)}" if parts else ""
 
 
 def _target(node: fx.Node) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import infercomp
+from infercomp.codegen.cpp import toolchain
+from infercomp.runtime.errors import BuildError
 from infercomp.runtime.kv_pools import allocate_pools
 from infercomp.runtime.step import StepInputs
 
@@ -102,3 +105,29 @@ def test_invariance_notices_a_changed_neighbour(llm: infercomp.LLM) -> None:
     tokens = list(range(1, 20))
     changed = [tokens[0] + 1, *tokens[1:]]
     assert not torch.equal(llm.logits(tokens)[-1], llm.logits(changed)[-1])
+
+
+def test_a_dump_shows_the_kernels_and_which_calls_share_one(tmp_path: Path) -> None:
+    infercomp.LLM(_model(torch.float32), codegen="cpp", dump=str(tmp_path))
+    kernels = "\n".join(path.read_text() for path in sorted(tmp_path.glob("kernels_*.cpp")))
+    assert "// ops: infercomp.linear.default, infercomp.gated_activation.default" in kernels
+    assert "modeling_llama.py" in kernels
+    last = sorted(tmp_path.glob("[0-9][0-9]_*.py"))[-1].read_text()
+    assert "in the kernel of linear_default" in last
+
+
+def test_without_a_compiler_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    toolchain.compiler.cache_clear()
+    try:
+        with pytest.raises(BuildError, match='codegen="reference"'):
+            infercomp.LLM(_model(torch.float32), codegen="cpp", cache_dir=str(tmp_path / "cache"))
+    finally:
+        toolchain.compiler.cache_clear()
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(BuildError, match="cache_dir"):
+        infercomp.LLM(_model(torch.float32), codegen="cpp", cache_dir=str(tmp_path / "file" / "cache"))

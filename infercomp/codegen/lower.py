@@ -38,9 +38,10 @@ def lower(model_graph: ModelGraph, config: CodegenConfig | None = None) -> Progr
     items = schedule(plan, dependencies(model_graph.graph, plan))
     exported = exported_nodes(model_graph.graph, plan)
     segments = [item for item in items if isinstance(item, Segment)]
-    built = iter(build_segments(segments, exported, config.instruction_set) if segments else ())
-    steps: list[BuiltSegment | fx.Node] = [next(built) if isinstance(item, Segment) else item for item in items]
-    return _Driver(model_graph, plan).program(steps)
+    built, texts = build_segments(segments, exported, config) if segments else ([], ())
+    remaining = iter(built)
+    steps: list[BuiltSegment | fx.Node] = [next(remaining) if isinstance(item, Segment) else item for item in items]
+    return _Driver(model_graph, plan).program(steps, texts)
 
 
 def uses_kernels(model_graph: ModelGraph, config: CodegenConfig) -> bool:
@@ -72,7 +73,7 @@ class _Driver:
         self._packed: dict[PackedWeight, fx.Node] = {}
         self._steps: dict[str, NativeStep] = {}
 
-    def program(self, steps: list[BuiltSegment | fx.Node]) -> Program:
+    def program(self, steps: list[BuiltSegment | fx.Node], kernel_texts: tuple[str, ...]) -> Program:
         inputs_of_steps = [source for step in steps if isinstance(step, BuiltSegment) for source in step.inputs]
         packed = dict.fromkeys(source for source in inputs_of_steps if isinstance(source, PackedWeight))
         needed = self._needed(steps, [source for source in inputs_of_steps if isinstance(source, fx.Node)])
@@ -107,6 +108,7 @@ class _Driver:
             self._model_graph.mutated_inputs,
             tuple(_executions(self._model_graph, self._plan)),
             self._model_graph.output_orders,
+            kernel_texts,
         )
 
     def _needed(self, steps: list[BuiltSegment | fx.Node], read: list[fx.Node]) -> list[fx.Node]:

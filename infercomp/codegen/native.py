@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from ..runtime.native_step import KernelCall, NativeStep, OutputSpec, SizeSource
+from .config import CodegenConfig
 from .cpp.emit import emit_units
 from .cpp.toolchain import SUPPORT, build_library
 from .grouping import Group
@@ -31,8 +32,10 @@ class BuiltSegment:
     outputs: tuple[fx.Node, ...]
 
 
-def build_segments(segments: Sequence[Segment], exported: set[fx.Node], instruction_set: str) -> list[BuiltSegment]:
-    """All segments of a program, over one library."""
+def build_segments(
+    segments: Sequence[Segment], exported: set[fx.Node], config: CodegenConfig
+) -> tuple[list[BuiltSegment], tuple[str, ...]]:
+    """All segments of a program, over one library, and the texts that it was built from."""
     kernels: dict[str, KernelSpec] = {}
     origins: dict[str, list[str]] = {}
     names: dict[int, str] = {}
@@ -41,10 +44,12 @@ def build_segments(segments: Sequence[Segment], exported: set[fx.Node], instruct
         kernels.setdefault(name, group.spec)
         names[id(group)] = name
         origins.setdefault(name, _origin(group))
-    library = build_library(emit_units(kernels, origins, os.cpu_count() or 1), instruction_set)
-    executor = build_library([(SUPPORT / "executor.cpp").read_text()], instruction_set)
+    units = emit_units(kernels, origins, os.cpu_count() or 1)
+    library = build_library(units, config)
+    executor = build_library([(SUPPORT / "executor.cpp").read_text()], config)
     leaving = exported | _read_by_other_segments(segments)
-    return [_Assembly(segment, leaving, names).built(library, executor) for segment in segments]
+    built = [_Assembly(segment, leaving, names).built(library, executor) for segment in segments]
+    return built, tuple(units)
 
 
 def _origin(group: Group) -> list[str]:

@@ -47,7 +47,7 @@ class Program:
     """``function(*weights, *inputs)`` returns the new values of ``mutated_inputs``, then the outputs.
 
     ``output_orders`` says in which order of dimensions, outermost first, the caller expects each output
-    to lie in memory (None: as it comes).
+    to lie in memory (None: as it comes). ``kernel_texts`` are the translation units of its kernels.
     """
 
     function: Callable[..., Sequence[Any]]
@@ -58,6 +58,7 @@ class Program:
     mutated_inputs: tuple[str, ...]
     ops: tuple[OpExecution, ...]
     output_orders: tuple[tuple[int, ...] | None, ...]
+    kernel_texts: tuple[str, ...] = ()
 
     def bind(self, weights: Mapping[str, torch.Tensor]) -> BoundProgram:
         """Fix the weights: ``weights`` holds every source and every weight that is no merge."""

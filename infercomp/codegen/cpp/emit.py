@@ -11,7 +11,7 @@ from .emit_matmul import emit_matmul
 
 _HEADERS = {
     LoopSpec: ("math.h",),
-    MatmulSpec: ("gemm.h", "math.h"),
+    MatmulSpec: ("product.h", "math.h"),
     PagedAttentionSpec: ("paged_attention.h",),
     AttentionSpec: ("dense_attention.h",),
 }

@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from ...runtime.errors import BuildError
+from ..config import CodegenConfig
 
 SUPPORT = Path(__file__).parent / "support"
 _COMMON = ("-std=c++17", "-O3", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-w")
@@ -38,22 +39,21 @@ def compiler() -> str:
     )
 
 
-def cache_folder() -> Path:
-    """Where built libraries are kept: INFERCOMP_CACHE_DIR, else infercomp under the user's cache folder."""
-    chosen = os.environ.get("INFERCOMP_CACHE_DIR")
-    if chosen:
-        return Path(chosen)
+def cache_folder(cache_dir: str | None) -> Path:
+    """Where built libraries are kept: ``cache_dir``, else infercomp under the user's cache folder."""
+    if cache_dir is not None:
+        return Path(cache_dir)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "infercomp"
 
 
-def build_library(sources: Sequence[str], instruction_set: str) -> Path:
+def build_library(sources: Sequence[str], config: CodegenConfig) -> Path:
     """A shared library of these C++ texts, built unless it is in the cache; each text is one translation unit.
 
     Raises BuildError without a compiler, if the cache cannot be written, or if a text does not compile.
     """
-    flags = (*_COMMON, *INSTRUCTION_SETS[instruction_set])
+    flags = (*_COMMON, *INSTRUCTION_SETS[config.instruction_set])
     key = _key(sources, flags)
-    folder = cache_folder()
+    folder = cache_folder(config.cache_dir)
     library = folder / f"{key}.so"
     if library.exists():
         return library
@@ -63,8 +63,8 @@ def build_library(sources: Sequence[str], instruction_set: str) -> Path:
     except OSError as error:
         raise BuildError(
             f"the cache folder {folder} cannot be written: {error.strerror}",
-            remedy="set INFERCOMP_CACHE_DIR to a folder that can be written",
-            field="INFERCOMP_CACHE_DIR",
+            remedy="set cache_dir (INFERCOMP_CACHE_DIR) to a folder that can be written",
+            field="cache_dir",
         ) from None
     _build(sources, flags, workplace, library)
     shutil.rmtree(workplace)

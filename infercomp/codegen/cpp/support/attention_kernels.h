@@ -20,8 +20,8 @@ constexpr int UNIT_REGISTERS = UNIT / NATIVE_LANES;
 constexpr int CHUNK = 512;
 constexpr int CHUNK_UNITS = CHUNK / UNIT;
 constexpr int TILE_ROWS = NATIVE_REGISTERS == 32 ? 12 : 6;
-// The left side of a product is stored [channel or position / UNIT][TILE_ROWS][UNIT]: a step of the inner loop reads its
-// operands at small offsets, and rows are written and read by whole registers.
+// The left side of a product is stored [channel or position / UNIT][TILE_ROWS][UNIT]: a step of the inner loop reads
+// its operands at small offsets, and rows are written and read by whole registers.
 constexpr int LEFT_BLOCK = TILE_ROWS * UNIT;
 constexpr float MINUS_INFINITY = -std::numeric_limits<float>::infinity();
 
@@ -31,7 +31,7 @@ constexpr int PAIR = 4 / int(sizeof(T));
 
 namespace attention_detail {
 
-// ---- the product of left rows and right registers ---------------------------------------------------------------------
+// ---- the product of left rows and right registers -------------------------------------------------------------------
 
 // Left operands (queries, probabilities) are floats, or pairs of bfloat16 where the machine multiplies these.
 #if defined(__AVX512BF16__)
@@ -55,7 +55,8 @@ INFERCOMP_INLINE native_f32 right_floats(native_u32 words, int part) {
 }
 
 template <class T, int ROWS, int COLUMNS>
-INFERCOMP_INLINE void add_word(native_f32 (&sums)[ROWS][COLUMNS], const native_u32 (&words)[COLUMNS], const float* left) {
+INFERCOMP_INLINE void add_word(native_f32 (&sums)[ROWS][COLUMNS], const native_u32 (&words)[COLUMNS],
+                               const float* left) {
     INFERCOMP_UNROLL
     for (int part = 0; part < PAIR<T>; ++part) {
         native_f32 right[COLUMNS];
@@ -126,11 +127,12 @@ INFERCOMP_INLINE void with_rows(int rows, Function function) {
 
 inline int kernel_rows_at_least(int rows) { return rows <= 4 ? rows : rows <= 6 ? 6 : rows <= 8 ? 8 : 12; }
 
-inline int kernel_rows_at_most(int rows) { return rows >= 12 ? 12 : rows >= 8 ? 8 : rows >= 6 ? 6 : rows >= 4 ? 4 : rows; }
+inline int kernel_rows_at_most(int rows) { return rows < 4 ? rows : rows < 6 ? 4 : rows < 8 ? 6 : rows < 12 ? 8 : 12; }
 
-// ---- scores -----------------------------------------------------------------------------------------------------------
+// ---- scores ---------------------------------------------------------------------------------------------------------
 
-// scores = scale * query · key for `units` units of positions, and whatever follows until the kernel's registers are full.
+// scores = scale * query · key for `units` units of positions, and whatever follows until the kernel's registers are
+// full.
 template <class T, int ROWS>
 __attribute__((noinline)) void compute_scores(const Left<T>* queries, int64_t head_dim, const T* const* keys,
                                               int64_t key_step, int64_t units, float scale, float* scores) {
@@ -148,8 +150,8 @@ __attribute__((noinline)) void compute_scores(const Left<T>* queries, int64_t he
         native_f32 sums[ROWS][COLUMNS] = {};
         const Left<T>* left = queries;
         for (int64_t channel = 0; channel < head_dim; channel += UNIT, left += LEFT_BLOCK) {
-            add_products<T, ROWS, COLUMNS>(sums, left, right, key_step, std::min<int64_t>(UNIT, head_dim - channel) / PAIR<T>,
-                                           ahead);
+            const int64_t words = std::min<int64_t>(UNIT, head_dim - channel) / PAIR<T>;
+            add_products<T, ROWS, COLUMNS>(sums, left, right, key_step, words, ahead);
         }
         INFERCOMP_UNROLL
         for (int row = 0; row < ROWS; ++row) {
@@ -163,7 +165,7 @@ __attribute__((noinline)) void compute_scores(const Left<T>* queries, int64_t he
     }
 }
 
-// ---- probabilities ----------------------------------------------------------------------------------------------------
+// ---- probabilities --------------------------------------------------------------------------------------------------
 
 // A row's scores: `row` points to those of its first unit, `units` of them LEFT_BLOCK apart.
 
@@ -272,7 +274,7 @@ inline float exponentials(float* row, int64_t units, float maximum) {
     return combine_lanes(sums, [](native_f32 a, native_f32 b) { return a + b; });
 }
 
-// ---- values -----------------------------------------------------------------------------------------------------------
+// ---- values ---------------------------------------------------------------------------------------------------------
 
 // sums[row][channel...] += probabilities · values for positions from `first` to `end`, both multiples of PAIR.
 template <class T, int ROWS, int COLUMNS>

@@ -1,10 +1,10 @@
 // Softmax attention of some query rows over the tiled keys and values of one sequence.
 //
 // The bits of a row depend on its query, the keys and values that it sees and the options only:
-//   - positions are cut into chunks at multiples of CHUNK; within one, each row is computed by itself, in ascending order
-//     of positions, and the results of chunks are merged in ascending order;
-//   - a hidden position is never multiplied with its value, adds exactly 0 to the sum of lane (position % UNIT) and -inf
-//     to the maximum, so it does not matter which hidden positions were looked at, nor what is stored there.
+//   - positions are cut into chunks at multiples of CHUNK; within one, each row is computed by itself, in ascending
+//     order of positions, and the results of chunks are merged in ascending order;
+//   - a hidden position is never multiplied with its value, adds exactly 0 to the sum of lane (position % UNIT) and
+//     -inf to the maximum, so it does not matter which hidden positions were looked at, nor what is stored there.
 #pragma once
 
 #include "attention_kernels.h"
@@ -65,6 +65,7 @@ struct Range {
     int64_t first;
     int64_t end;
     bool empty() const { return first >= end; }
+    bool operator==(Range other) const { return first == other.first && end == other.end; }
 };
 
 inline Range intersection(Range left, Range right) {
@@ -107,8 +108,8 @@ struct TaskScratch {
 template <class T>
 class Task {
 public:
-    Task(const AttentionOptions& options, const TiledSequence<T>& sequence, const AttentionRow<T>* rows, int64_t row_count,
-         char* memory)
+    Task(const AttentionOptions& options, const TiledSequence<T>& sequence, const AttentionRow<T>* rows,
+         int64_t row_count, char* memory)
         : options(options), sequence(sequence), rows(rows), row_count(row_count),
           value_dim(TiledSequence<T>::padded(sequence.value_dim)) {
         scratch.place(memory, sequence.head_dim, sequence.stored_value_dim);
@@ -219,8 +220,8 @@ private:
         const int64_t origin = any.first / UNIT * UNIT;
         const int64_t units = (any.end - origin + UNIT - 1) / UNIT;
         with_rows(padded, [&](auto ROWS) {
-            compute_scores<T, ROWS>(tile_queries(tile), sequence.head_dim, keys + origin / UNIT, sequence.key_step(), units,
-                                    options.scale, scratch.scores);
+            compute_scores<T, ROWS>(tile_queries(tile), sequence.head_dim, keys + origin / UNIT, sequence.key_step(),
+                                    units, options.scale, scratch.scores);
         });
         // Row after row in each step: what ends one row overlaps with the next.
         RowState of_chunk[TILE_ROWS];
@@ -232,7 +233,7 @@ private:
         std::fill_n(scratch.chunk_sums, padded * value_dim, 0.0f);
         multiply_values(seen, count, padded, all, origin);
         for (int row = 0; row < count; ++row) {
-            if (!seen[row].empty()) merge(states[tile + row], scratch.sums + (tile + row) * value_dim, of_chunk[row], row);
+            if (!seen[row].empty()) merge(tile + row, row, of_chunk[row]);
         }
     }
 
@@ -283,7 +284,7 @@ private:
     static void for_runs(const Range* seen, int count, Function function) {
         for (int row = 0; row < count;) {
             int run_end = row + 1;
-            while (run_end < count && seen[run_end].first == seen[row].first && seen[run_end].end == seen[row].end) ++run_end;
+            while (run_end < count && seen[run_end] == seen[row]) ++run_end;
             while (row < run_end) {
                 const int rows = kernel_rows_at_most(run_end - row);
                 function(row, rows);
@@ -316,7 +317,9 @@ private:
     }
 
     // A row's scores from a multiple of UNIT after the origin on.
-    const float* scores_from(int row, int64_t position) const { return tile_scores(row) + position / UNIT * LEFT_BLOCK; }
+    const float* scores_from(int row, int64_t position) const {
+        return tile_scores(row) + position / UNIT * LEFT_BLOCK;
+    }
 
     // `units` and `scores` begin at position 0 of `range`.
     void add_pairs(int row, int rows, const T* const* units, const float* scores, Range range) {
@@ -327,7 +330,9 @@ private:
         });
     }
 
-    void merge(RowState& state, float* sums, RowState of_chunk, int tile_row) {
+    void merge(int64_t row, int tile_row, RowState of_chunk) {
+        RowState& state = states[row];
+        float* sums = scratch.sums + row * value_dim;
         const float maximum = std::max(state.maximum, of_chunk.maximum);
         const float reference = maximum == MINUS_INFINITY ? 0.0f : maximum;
         const float kept = math::exp2_nonpositive((state.maximum - reference) * math::LOG2_E);
@@ -343,7 +348,7 @@ private:
         const float factor = sum == 0 ? 0.0f : 1.0f / sum;
         const float* sums = scratch.sums + row * value_dim;
         T* output = rows[row].output;
-        // Adding 0 turns -0 into 0: a sum that is 0 has either sign, depending on which hidden positions were looked at.
+        // Adding 0 turns -0 into 0: a sum that is 0 has either sign, depending on the hidden positions looked at.
 #pragma omp simd
         for (int64_t i = 0; i < sequence.value_dim; ++i) output[i] = from_float<T>(sums[i] * factor + 0.0f);
     }

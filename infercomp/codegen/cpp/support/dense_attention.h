@@ -61,7 +61,9 @@ void find_rows(const DenseAttention<T>& a, int64_t batch, int64_t kv_head, int64
     for (int64_t row = first; row < end; ++row, ++rows) {
         const int64_t head = kv_head * group + in_group;
         const int64_t position = a.keys - a.queries + index;
-        const auto place = [&](const int64_t* strides) { return batch * strides[0] + head * strides[1] + index * strides[2]; };
+        const auto place = [&](const int64_t* strides) {
+            return batch * strides[0] + head * strides[1] + index * strides[2];
+        };
         rows->query = a.query + place(a.query_strides);
         rows->output = a.output + place(a.output_strides);
         rows->position = position;
@@ -87,8 +89,8 @@ TiledSequence<T> pack(const DenseAttention<T>& a, int64_t batch, int64_t kv_head
         const int64_t block = first / PACKED_BLOCK * PACKED_BLOCK;
         store_keys(key + first * a.key_strides[2], a.key_strides[2], count, a.head_dim, PACKED_BLOCK, first - block,
                    keys + block * a.head_dim);
-        store_values(value + first * a.value_strides[2], a.value_strides[2], count, a.value_dim, tiled_dim, first - block,
-                     values + block * tiled_dim);
+        store_values(value + first * a.value_strides[2], a.value_strides[2], count, a.value_dim, tiled_dim,
+                     first - block, values + block * tiled_dim);
     }
     sequence.keys = keys;
     sequence.values = values;
@@ -118,7 +120,8 @@ int64_t num_tasks(const DenseAttention<T>& a) {
     return a.batch * a.kv_heads * attention_detail::query_splits(a);
 }
 
-// Tasks are independent of each other. `scratch` has scratch_bytes(a), begins at a multiple of 64 and may hold anything.
+// Tasks are independent of each other. `scratch` has scratch_bytes(a), begins at a multiple of 64 and may hold
+// anything.
 template <class T>
 void run_task(const DenseAttention<T>& a, int64_t task, void* scratch) {
     using namespace attention_detail;

@@ -1,8 +1,8 @@
 // Elementary functions without branches. F is float, which GCC vectorises in simd loops, or a vector of floats.
 //
 // Bounds are against the exact value, in units in the last place. They hold down to 1e-36, and for exp down to the
-// smallest normal number; what is smaller may become 0. NaN stays NaN. Each template is one sequence of operations, so a
-// value gives the same bits in a loop, in its remainder and in a vector.
+// smallest normal number; what is smaller may become 0. NaN stays NaN. Each template is one sequence of operations, so
+// a value gives the same bits in a loop, in its remainder and in a vector.
 #pragma once
 
 #include <cmath>
@@ -92,8 +92,8 @@ INFERCOMP_INLINE F finish_exp(F x, F rounded, F rest) {
     const F tail = polynomial(rest, 1.37897190e-3f, 8.35693099e-3f, 4.16667797e-2f, 1.66665211e-1f, 0.5f);
     const F power = 1.0f + (rest + rest * rest * tail);
     F result = from_words<F>(to_words(power) + (to_words(rounded) << 23));
-    result = select(x > 88.7228394f, constant<F>(INFINITE), result);
-    result = select(x < -87.3365479f, constant<F>(0), result);
+    result = select(x > 88.7228317f, constant<F>(INFINITE), result);
+    result = select(x < -87.3365402f, constant<F>(0), result);
     return select(x != x, x, result);
 }
 
@@ -130,7 +130,8 @@ template <class F>
 INFERCOMP_INLINE F tanh(F x) {
     const F size = absolute(x);
     const F square = x * x;
-    const F tail = polynomial(square, -5.92717109e-3f, 2.08263043e-2f, -5.37940003e-2f, 1.33320644e-1f, -3.33333045e-1f);
+    const F tail =
+        polynomial(square, -5.92717109e-3f, 2.08263043e-2f, -5.37940003e-2f, 1.33320644e-1f, -3.33333045e-1f);
     const F near = size + size * (square * tail);
     const F far = 1.0f - 2.0f / (exp(size + size) + 1.0f);
     return copy_sign(select(size > 0.6f, far, near), x);
@@ -193,8 +194,8 @@ INFERCOMP_INLINE F log(F x) {
     const F fraction = from_words<F>(words - (exponent << 23) + 0x3f800000u) - 1.0f;
     const F bias = select(is_subnormal, constant<F>(ROUNDER + 150), constant<F>(ROUNDER + 127));
     const F n = from_words<F>(exponent + 0x4b400000u) - bias;
-    const F tail = polynomial(fraction, 5.32768629e-2f, -1.09182693e-1f, 1.21099308e-1f, -1.25492096e-1f, 1.42096370e-1f,
-                              -1.66593686e-1f, 2.00022221e-1f, -2.50001669e-1f, 3.33333135e-1f);
+    const F tail = polynomial(fraction, 5.32768629e-2f, -1.09182693e-1f, 1.21099308e-1f, -1.25492096e-1f,
+                              1.42096370e-1f, -1.66593686e-1f, 2.00022221e-1f, -2.50001669e-1f, 3.33333135e-1f);
     const F of_fraction = fraction + fraction * fraction * (tail * fraction - 0.5f);
     F result = n * LN_2_HIGH + (n * LN_2_LOW + of_fraction);
     result = select(x == INFINITE, x, result);

@@ -5,8 +5,8 @@
 
 namespace infercomp {
 
-// Sequence b owns the query rows query_start_loc[b] to query_start_loc[b + 1], its newest positions; all its seq_lens[b]
-// positions lie in the blocks block_tables[b], their keys and values already written.
+// Sequence b owns the query rows query_start_loc[b] to query_start_loc[b + 1], its newest positions; all its
+// seq_lens[b] positions lie in the blocks block_tables[b], their keys and values already written.
 template <class T>
 struct PagedAttention : AttentionOptions {
     const T* query;         // [tokens, query_heads, head_dim], channels contiguous
@@ -39,8 +39,8 @@ int64_t rows_per_task(const PagedAttention<T>& a) {
     return a.tokens * a.query_heads >= 16 * TASK_ROWS ? TASK_ROWS : TILE_ROWS;
 }
 
-// Where a sequence's blocks of rows begin, given its number and its first token. The next sequence's begin after as many
-// as it needs or one more, which is then empty; so no table of them has to be made.
+// Where a sequence's blocks of rows begin, given its number and its first token. The next sequence's begin after as
+// many as it needs or one more, which is then empty; so no table of them has to be made.
 template <class T>
 int64_t first_block(const PagedAttention<T>& a, int64_t sequence, int64_t first_token) {
     return quotient(first_token * a.group(), rows_per_task(a)) + sequence;
@@ -98,7 +98,8 @@ int64_t num_tasks(const PagedAttention<T>& a) {
     return attention_detail::row_blocks(a) * a.kv_heads;
 }
 
-// Tasks are independent of each other. `scratch` has scratch_bytes(a), begins at a multiple of 64 and may hold anything.
+// Tasks are independent of each other. `scratch` has scratch_bytes(a), begins at a multiple of 64 and may hold
+// anything.
 template <class T>
 void run_task(const PagedAttention<T>& a, int64_t task, void* scratch) {
     using namespace attention_detail;
@@ -125,7 +126,7 @@ void run_task(const PagedAttention<T>& a, int64_t task, void* scratch) {
     Task<T>(a, sequence, rows, end - first, static_cast<char*>(scratch)).run();
 }
 
-// ---- writing ----------------------------------------------------------------------------------------------------------
+// ---- writing --------------------------------------------------------------------------------------------------------
 
 // Keys and values of `count` neighbouring positions into the tiles of one block and one head, from `offset` on.
 template <class T>
@@ -204,10 +205,12 @@ void run_task(const WriteKV<T>& w, int64_t task) {
         const int64_t offset = slot - block * w.block_size;
         for (int64_t head = 0; head < w.kv_heads; ++head) {
             const int64_t tile = (block * w.kv_heads + head) * w.block_size;
-            store_keys(w.key + token * w.key_token_stride + head * w.key_head_stride, w.key_token_stride, count, w.head_dim,
-                       w.block_size, offset, w.key_cache + tile * w.head_dim);
-            store_values(w.value + token * w.value_token_stride + head * w.value_head_stride, w.value_token_stride, count,
-                         w.value_dim, w.value_dim, offset, w.value_cache + tile * w.value_dim);
+            const T* key = w.key + token * w.key_token_stride + head * w.key_head_stride;
+            const T* value = w.value + token * w.value_token_stride + head * w.value_head_stride;
+            store_keys(key, w.key_token_stride, count, w.head_dim, w.block_size, offset,
+                       w.key_cache + tile * w.head_dim);
+            store_values(value, w.value_token_stride, count, w.value_dim, w.value_dim, offset,
+                         w.value_cache + tile * w.value_dim);
         }
     }
 }

@@ -32,12 +32,6 @@ inline int64_t rows_per_task(int64_t columns, int64_t elements) {
     return std::max<int64_t>(1, elements / std::max<int64_t>(1, columns));
 }
 
-// A block of rows for one task of a matrix product: whole register tiles, evenly cut.
-inline int64_t block_rows(int64_t rows, int64_t largest, int64_t tile) {
-    const int64_t blocks = std::max<int64_t>(1, divide_up(rows, std::max(largest, tile)));
-    return std::max(tile, divide_up(divide_up(rows, blocks), tile) * tile);
-}
-
 // The larger value, or NaN if either is NaN, as in PyTorch.
 template <class T>
 inline T larger(T left, T right) {

@@ -1,0 +1,567 @@
+"""The attention kernels against their definitions in float64, and the promise that a row's bits are its own."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import infercomp.codegen.cpp
+from infercomp.codegen.ops import attention
+
+SUPPORT = Path(infercomp.codegen.cpp.__file__).parent / "support"
+
+HARNESS = """
+#include <cstdlib>
+
+#include "attention.h"
+
+using namespace infercomp;
+
+// Each task gets scratch full of NaN. Tasks run last to first if asked: no order may matter.
+template <class Problem>
+void run_all(const Problem& problem, bool backwards) {
+    const size_t bytes = (scratch_bytes(problem) + 63) / 64 * 64;
+    char* scratch = static_cast<char*>(std::aligned_alloc(64, bytes + 64));
+    const int64_t count = num_tasks(problem);
+    for (int64_t i = 0; i < count; ++i) {
+        std::memset(scratch, 0xff, bytes);
+        std::memset(scratch + bytes, 0x5a, 64);
+        run_task(problem, backwards ? count - 1 - i : i, scratch);
+        for (int j = 0; j < 64; ++j) if (scratch[bytes + j] != 0x5a) std::abort();
+    }
+    std::free(scratch);
+}
+
+template <class T>
+void paged(void* const* p, const int64_t* n, const float* f) {
+    PagedAttention<T> a;
+    a.query = static_cast<const T*>(p[0]);
+    a.key_cache = static_cast<const T*>(p[1]);
+    a.value_cache = static_cast<const T*>(p[2]);
+    a.output = static_cast<T*>(p[3]);
+    a.block_tables = static_cast<const int64_t*>(p[4]);
+    a.seq_lens = static_cast<const int64_t*>(p[5]);
+    a.query_start_loc = static_cast<const int64_t*>(p[6]);
+    a.alibi_slopes = static_cast<const float*>(p[7]);
+    a.sinks = static_cast<const float*>(p[8]);
+    a.query_token_stride = n[0];
+    a.query_head_stride = n[1];
+    a.output_token_stride = n[2];
+    a.block_table_stride = n[3];
+    a.tokens = n[4];
+    a.sequences = n[5];
+    a.query_heads = n[6];
+    a.kv_heads = n[7];
+    a.head_dim = n[8];
+    a.value_dim = n[9];
+    a.block_size = n[10];
+    a.sliding_window = n[11];
+    a.scale = f[0];
+    a.logit_softcap = f[1];
+    run_all(a, n[12]);
+}
+
+template <class T>
+void dense(void* const* p, const int64_t* n, const float* f) {
+    DenseAttention<T> a;
+    a.query = static_cast<const T*>(p[0]);
+    a.key = static_cast<const T*>(p[1]);
+    a.value = static_cast<const T*>(p[2]);
+    a.output = static_cast<T*>(p[3]);
+    a.bias = p[4];
+    a.alibi_slopes = static_cast<const float*>(p[5]);
+    a.sinks = static_cast<const float*>(p[6]);
+    std::copy(n, n + 3, a.query_strides);
+    std::copy(n + 3, n + 6, a.key_strides);
+    std::copy(n + 6, n + 9, a.value_strides);
+    std::copy(n + 9, n + 12, a.output_strides);
+    std::copy(n + 12, n + 16, a.bias_strides);
+    a.batch = n[16];
+    a.query_heads = n[17];
+    a.kv_heads = n[18];
+    a.queries = n[19];
+    a.keys = n[20];
+    a.head_dim = n[21];
+    a.value_dim = n[22];
+    a.is_causal = n[23];
+    a.bias_kind = BiasKind(n[24]);
+    a.sliding_window = n[25];
+    a.scale = f[0];
+    a.logit_softcap = f[1];
+    run_all(a, n[26]);
+}
+
+template <class T>
+void write_kv(void* const* p, const int64_t* n) {
+    WriteKV<T> w;
+    w.key = static_cast<const T*>(p[0]);
+    w.value = static_cast<const T*>(p[1]);
+    w.key_cache = static_cast<T*>(p[2]);
+    w.value_cache = static_cast<T*>(p[3]);
+    w.slot_mapping = static_cast<const int64_t*>(p[4]);
+    w.tokens = n[0];
+    w.key_token_stride = n[1];
+    w.key_head_stride = n[2];
+    w.value_token_stride = n[3];
+    w.value_head_stride = n[4];
+    w.kv_heads = n[5];
+    w.head_dim = n[6];
+    w.value_dim = n[7];
+    w.block_size = n[8];
+    for (int64_t task = num_tasks(w); task-- > 0;) run_task(w, task);
+}
+
+extern "C" {
+void paged_float32(void* const* p, const int64_t* n, const float* f) { paged<float>(p, n, f); }
+void paged_bfloat16(void* const* p, const int64_t* n, const float* f) { paged<bf16>(p, n, f); }
+void dense_float32(void* const* p, const int64_t* n, const float* f) { dense<float>(p, n, f); }
+void dense_bfloat16(void* const* p, const int64_t* n, const float* f) { dense<bf16>(p, n, f); }
+void write_kv_float32(void* const* p, const int64_t* n) { write_kv<float>(p, n); }
+void write_kv_bfloat16(void* const* p, const int64_t* n) { write_kv<bf16>(p, n); }
+}
+"""
+
+COMPILE = [
+    *[
+        "g++",
+        "-std=c++17",
+        "-fPIC",
+        "-fopenmp-simd",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+    ]
+]
+COMPILE += ["-Wno-psabi", "-Wno-unknown-pragmas", "-iquote", str(SUPPORT)]
+# Less than this machine has is built with less effort: only its results matter here.
+VARIANTS = {"native": ["-O3", "-march=native", "-mprefer-vector-width=512"]}
+if platform.machine() == "x86_64":
+    VARIANTS |= {"avx2": ["-O2", "-mavx2", "-mfma"], "portable": ["-O1"]}
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ctypes.CDLL]:
+    folder = tmp_path_factory.mktemp("attention")
+    (folder / "harness.cpp").write_text(HARNESS)
+    for name, flags in VARIANTS.items():
+        subprocess.run([*COMPILE, *flags, "-shared", "harness.cpp", "-o", f"{name}.so"], cwd=folder, check=True)
+    return {name: ctypes.CDLL(str(folder / f"{name}.so")) for name in VARIANTS}
+
+
+@pytest.fixture(scope="module", params=list(VARIANTS))
+def library(request: pytest.FixtureRequest, libraries: dict[str, ctypes.CDLL]) -> ctypes.CDLL:
+    return libraries[request.param]
+
+
+def call(function: Callable[..., None], tensors: list[Tensor | None], numbers: list[int], *floats: float) -> None:
+    pointers = (ctypes.c_void_p * len(tensors))(*[None if t is None else t.data_ptr() for t in tensors])
+    arguments = [pointers, (ctypes.c_int64 * len(numbers))(*numbers)]
+    if floats:
+        arguments.append((ctypes.c_float * len(floats))(*floats))
+    function(*arguments)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def pair(dtype: torch.dtype) -> int:
+    return 4 // dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Options:
+    scale: float = 0.3
+    sliding_window: int | None = None
+    logit_softcap: float | None = None
+    alibi_slopes: Tensor | None = None
+    sinks: Tensor | None = None
+
+    def definition(self, *operands: Tensor, dtype: torch.dtype, bias: Tensor | None = None, is_causal: bool) -> Tensor:
+        """The op itself in another dtype."""
+        convert = lambda t: t if t is None or t.dtype == torch.bool else t.to(dtype)  # noqa: E731
+        query, key, value = map(convert, operands)
+        return attention.definition(
+            query, key, value, convert(bias), convert(self.alibi_slopes), convert(self.sinks),
+            scale=self.scale, sliding_window=self.sliding_window, logit_softcap=self.logit_softcap, is_causal=is_causal,
+        )  # fmt: skip
+
+
+def max_or_0(values: Tensor) -> float:
+    return float(values.max()) if values.numel() else 0.0
+
+
+def is_right(output: Tensor, operands: list[Tensor], options: Options, **kwargs: object) -> bool:
+    """At most twice as far from float64 as the definition in the same dtype, plus the roundings that it does not do:
+    float exponentials of a few ulp, probabilities rounded to bfloat16 (and so their sum)."""
+    exact = options.definition(*operands, dtype=torch.float64, **kwargs)
+    same = options.definition(*operands, dtype=operands[0].dtype, **kwargs)
+    query, key, value = operands
+    size = options.definition(query, key, value.abs(), dtype=torch.float64, **kwargs)
+    extra = 2e-6 if operands[0].dtype == torch.float32 else 2.0**-8
+    miss = (output.double() - exact).abs()
+    allowed = 2 * max_or_0((same.double() - exact).abs()) + extra * size + 1e-30
+    return bool((miss <= allowed).all())
+
+
+# ---- paged -----------------------------------------------------------------------------------------------------------
+
+
+def tiled_keys(cache: Tensor) -> Tensor:
+    """[blocks, block_size, heads, D] -> [blocks, heads, D / PAIR, block_size, PAIR]"""
+    blocks, size, heads, dim = cache.shape
+    words = cache.reshape(blocks, size, heads, dim // pair(cache.dtype), pair(cache.dtype))
+    return words.permute(0, 2, 3, 1, 4).contiguous()
+
+
+def tiled_values(cache: Tensor) -> Tensor:
+    """[blocks, block_size, heads, D] -> [blocks, heads, block_size / PAIR, D, PAIR]"""
+    blocks, size, heads, dim = cache.shape
+    words = cache.reshape(blocks, size // pair(cache.dtype), pair(cache.dtype), heads, dim)
+    return words.permute(0, 3, 1, 4, 2).contiguous()
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """What some sequences hold: all positions' queries, keys and values."""
+
+    queries: list[Tensor]  # [L, H, D] each
+    keys: list[Tensor]  # [L, Hkv, D]
+    values: list[Tensor]  # [L, Hkv, Dv]
+
+    @staticmethod
+    def random(
+        lengths: list[int], heads: int, kv_heads: int, dim: int, value_dim: int, dtype: torch.dtype
+    ) -> Sequences:
+        draw = lambda heads, dim: [torch.randn(n, heads, dim).to(dtype) for n in lengths]  # noqa: E731
+        return Sequences(draw(heads, dim), draw(kv_heads, dim), draw(kv_heads, value_dim))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.queries[0].dtype
+
+
+@dataclass
+class Cache:
+    """Tiled caches of some sequences' first positions in shuffled blocks, the rest of them poison."""
+
+    library: ctypes.CDLL
+    sequences: Sequences
+    lengths: list[int]
+    block_size: int
+    poison: float = float("nan")
+    keys: Tensor = field(init=False)
+    values: Tensor = field(init=False)
+    block_tables: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        key, value = self.sequences.keys[0], self.sequences.values[0]
+        width = max(-(-max(self.lengths) // self.block_size), 1)
+        blocks = len(self.lengths) * width + 2
+        self.block_tables = torch.randperm(blocks)[: len(self.lengths) * width].reshape(len(self.lengths), width)
+        (_, kv_heads, dim), value_dim = key.shape, value.shape[2]
+        self.keys = tiled_keys(torch.full((blocks, self.block_size, kv_heads, dim), self.poison, dtype=key.dtype))
+        self.values = tiled_values(
+            torch.full((blocks, self.block_size, kv_heads, value_dim), self.poison, dtype=key.dtype)
+        )
+        for i, length in enumerate(self.lengths):
+            self.write(self.slots(i, length), self.sequences.keys[i][:length], self.sequences.values[i][:length])
+
+    def slots(self, sequence: int, length: int) -> Tensor:
+        positions = torch.arange(length)
+        return self.block_tables[sequence, positions // self.block_size] * self.block_size + positions % self.block_size
+
+    def write(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        numbers = [len(slots), keys.stride(0), keys.stride(1), values.stride(0), values.stride(1)]
+        numbers += [keys.shape[1], keys.shape[2], values.shape[2], self.block_size]
+        function = getattr(self.library, f"write_kv_{dtype_name(keys.dtype)}")
+        call(function, [keys, values, self.keys, self.values, slots], numbers)
+
+    def attend(self, chunks: list[int], options: Options, backwards: bool = False) -> list[Tensor]:
+        """The newest `chunks[i]` queries of sequence i: [chunk, H, Dv] each."""
+        taken = [
+            queries[length - chunk : length]
+            for queries, length, chunk in zip(self.sequences.queries, self.lengths, chunks, strict=True)
+        ]
+        packed = torch.cat(taken)
+        # Wider rows and rows after the last sequence's, as a fused projection and a padded batch have them.
+        tokens, heads, dim = packed.shape
+        query = torch.full((tokens + 2, heads + 1, dim), float("nan"), dtype=packed.dtype)
+        query[:tokens, :heads] = packed
+        value_dim = self.sequences.values[0].shape[2]
+        output = torch.full((tokens + 2, heads, value_dim), 99.0, dtype=packed.dtype)
+        starts = torch.tensor([0, *chunks]).cumsum(0)
+        numbers = [query.stride(0), query.stride(1), output.stride(0), self.block_tables.stride(0), tokens + 2]
+        numbers += [len(chunks), heads, self.sequences.keys[0].shape[1], dim, value_dim, self.block_size]
+        numbers += [options.sliding_window or 0, int(backwards)]
+        tensors = [query, self.keys, self.values, output, self.block_tables, torch.tensor(self.lengths), starts]
+        tensors += [options.alibi_slopes, options.sinks]
+        function = getattr(self.library, f"paged_{dtype_name(packed.dtype)}")
+        call(function, tensors, numbers, options.scale, options.logit_softcap or 0.0)
+        assert (output[tokens:] == 99).all()
+        return list(output[:tokens].split(chunks))
+
+    def is_right(self, outputs: list[Tensor], options: Options) -> bool:
+        right = []
+        for i, (output, length) in enumerate(zip(outputs, self.lengths, strict=True)):
+            taken = slice(length - len(output), length)
+            operands = [
+                self.sequences.queries[i][taken],
+                self.sequences.keys[i][:length],
+                self.sequences.values[i][:length],
+            ]
+            operands = [t.transpose(0, 1)[None] for t in operands]
+            right.append(is_right(output.transpose(0, 1)[None], operands, options, is_causal=True))
+        return all(right)
+
+
+DIMS = st.sampled_from([2, 8, 16, 24, 30, 32, 64, 80, 96, 128])
+
+
+@st.composite
+def options_of(draw: st.DrawFn, heads: int) -> Options:
+    slopes = 2.0 ** -torch.arange(1, heads + 1).float()
+    return Options(
+        scale=draw(st.sampled_from([0.125, 0.3, 1.0])),
+        sliding_window=draw(st.sampled_from([None, None, 1, 7, 16, 100, 300])),
+        logit_softcap=draw(st.sampled_from([None, None, 2.0, 30.0])),
+        alibi_slopes=draw(st.sampled_from([None, None, slopes])),
+        sinks=draw(st.sampled_from([None, None, torch.linspace(-3, 3, heads)])),
+    )
+
+
+LENGTHS = st.one_of(st.integers(1, 40), st.integers(200, 300), st.integers(500, 530))
+
+
+@given(data=st.data())
+@settings(max_examples=25)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_paged_attention_is_its_definition(library: ctypes.CDLL, dtype: str, data: st.DataObject) -> None:
+    torch.manual_seed(data.draw(st.integers(0, 1000)))
+    kv_heads = data.draw(st.integers(1, 3))
+    heads = kv_heads * data.draw(st.sampled_from([1, 2, 3, 4, 5, 7, 8, 9, 13]))
+    lengths = data.draw(st.lists(LENGTHS, min_size=1, max_size=3))
+    chunks = [data.draw(st.one_of(st.just(1), st.integers(0, length))) for length in lengths]
+    options = data.draw(options_of(heads))
+    sequences = Sequences.random(lengths, heads, kv_heads, data.draw(DIMS), data.draw(DIMS), DTYPES[dtype])
+    cache = Cache(library, sequences, lengths, data.draw(st.sampled_from([16, 32, 48])))
+    if sum(chunks):
+        assert cache.is_right(cache.attend(chunks, options, data.draw(st.booleans())), options)
+
+
+def bits(values: Tensor) -> Tensor:
+    return values.view(torch.int32 if values.dtype == torch.float32 else torch.int16)
+
+
+def same_bits(left: Tensor, right: Tensor) -> bool:
+    return torch.equal(bits(left), bits(right))
+
+
+@given(data=st.data())
+@settings(max_examples=20)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_of_a_row_are_its_own(library: ctypes.CDLL, dtype: str, data: st.DataObject) -> None:
+    """Whatever the chunks of a prompt, the blocks, the other sequences and what lies behind and around them."""
+    torch.manual_seed(data.draw(st.integers(0, 1000)))
+    kv_heads = data.draw(st.integers(1, 2))
+    heads = kv_heads * data.draw(st.sampled_from([1, 2, 3, 5, 7, 13]))
+    length = data.draw(st.one_of(st.integers(2, 70), st.integers(505, 540)))
+    others = data.draw(st.lists(st.integers(1, 50), max_size=2))
+    options = data.draw(options_of(heads))
+    dim, value_dim = data.draw(DIMS), data.draw(DIMS)
+    sequences = Sequences.random([length, *others], heads, kv_heads, dim, value_dim, DTYPES[dtype])
+    alone = Sequences(sequences.queries[:1], sequences.keys[:1], sequences.values[:1])
+    expected = Cache(library, alone, [length], 16).attend([length], options)[0]
+    cuts = sorted({0, length - 1, length, *data.draw(st.lists(st.integers(0, length), max_size=2))})
+    for first, end in pairwise(cuts):
+        block_size = data.draw(st.sampled_from([16, 32, 48]))
+        poison = data.draw(st.sampled_from([float("nan"), float("inf"), 3e38]))
+        together = data.draw(st.booleans())
+        chosen, lengths = (sequences, [end, *others]) if together else (alone, [end])
+        chunks = [end - first, *[data.draw(st.integers(0, n)) for n in lengths[1:]]]
+        output = Cache(library, chosen, lengths, block_size, poison).attend(chunks, options, data.draw(st.booleans()))[
+            0
+        ]
+        assert same_bits(output, expected[first:end]), (first, end)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_later_tokens_do_not_reach_earlier_ones(library: ctypes.CDLL, dtype: str, poison: float) -> None:
+    torch.manual_seed(0)
+    sequences = Sequences.random([45], 6, 2, 32, 24, DTYPES[dtype])
+    expected = Cache(library, sequences, [45], 16).attend([45], Options())[0]
+    for position in range(0, 45, 7):
+        keys, values = sequences.keys[0].clone(), sequences.values[0].clone()
+        keys[position + 1 :], values[position + 1 :] = poison, poison
+        output = Cache(library, Sequences(sequences.queries, [keys], [values]), [45], 16).attend([45], Options())[0]
+        assert same_bits(output[: position + 1], expected[: position + 1])
+        assert position == 44 or output[position + 1 :].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_blocks_behind_the_window_are_not_looked_up(library: ctypes.CDLL, dtype: str) -> None:
+    torch.manual_seed(0)
+    options = Options(sliding_window=20)
+    sequences = Sequences.random([600, 90], 4, 2, 16, 16, DTYPES[dtype])
+    cache = Cache(library, sequences, [600, 90], 16)
+    cache.block_tables[0, : (600 - 3 - 20 + 1) // 16] = 1 << 40
+    assert cache.is_right(cache.attend([3, 90], options), options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_planted_bugs_are_caught(library: ctypes.CDLL, dtype: str) -> None:
+    torch.manual_seed(0)
+    slopes, sinks = torch.tensor([0.5, 0.25]), torch.tensor([1.0, -1.0])
+    options = Options(sliding_window=9, logit_softcap=5.0, alibi_slopes=slopes, sinks=sinks)
+    cache = Cache(library, Sequences.random([70], 2, 1, 32, 32, DTYPES[dtype]), [70], 16)
+    outputs = cache.attend([70], options)
+    assert cache.is_right(outputs, options)
+    wrong = [
+        replace(options, scale=options.scale * 1.05),
+        replace(options, sliding_window=8),
+        replace(options, sliding_window=10),
+        replace(options, logit_softcap=4.0),
+        replace(options, alibi_slopes=slopes.flip(0)),
+        replace(options, sinks=sinks + 0.5),
+    ]
+    assert not any(cache.is_right(outputs, other) for other in wrong)
+    cache.lengths = [69]
+    assert not cache.is_right([outputs[0][1:]], options)
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+@given(data=st.data())
+@settings(max_examples=15)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_write_kv_fills_its_slots_only(library: ctypes.CDLL, dtype: str, data: st.DataObject) -> None:
+    torch.manual_seed(data.draw(st.integers(0, 1000)))
+    block_size, heads, blocks = data.draw(st.sampled_from([16, 32, 48])), data.draw(st.integers(1, 3)), 4
+    dim, value_dim = data.draw(DIMS), data.draw(DIMS)
+    tokens = data.draw(st.integers(0, 2 * block_size))
+    first = data.draw(st.integers(0, blocks * block_size - tokens))
+    slots = torch.arange(first, first + tokens)
+    if data.draw(st.booleans()):
+        slots = torch.randperm(blocks * block_size)[:tokens]
+    # A fused projection's keys and values: strided, side by side.
+    fused = torch.randn(tokens, heads, dim + value_dim).to(DTYPES[dtype])
+    keys, values = fused[..., :dim], fused[..., dim:]
+    before = [torch.randn(blocks, block_size, heads, width).to(DTYPES[dtype]) for width in (dim, value_dim)]
+    cache = Cache(library, Sequences([keys], [keys], [values]), [0], block_size)
+    cache.keys, cache.values = tiled_keys(before[0]), tiled_values(before[1])
+    skipped = torch.rand(tokens) < 0.1
+    cache.write(torch.where(skipped, -1, slots), keys, values)
+    for cached, new, tiled, actual in zip(
+        before, (keys, values), (tiled_keys, tiled_values), (cache.keys, cache.values), strict=True
+    ):
+        cached.view(-1, *cached.shape[2:])[slots[~skipped]] = new[~skipped]
+        assert torch.equal(tiled(cached), actual)
+
+
+# ---- dense -----------------------------------------------------------------------------------------------------------
+
+
+def run_dense(
+    library: ctypes.CDLL,
+    operands: list[Tensor],
+    options: Options,
+    bias: Tensor | None,
+    is_causal: bool,
+    backwards: bool,
+) -> Tensor:
+    query, key, value = operands
+    batch, heads, queries, dim = query.shape
+    output = torch.full((batch, queries, heads, value.shape[3]), 99.0, dtype=query.dtype).transpose(1, 2)
+    numbers = [stride for t in (query, key, value, output) for stride in t.stride()[:3]]
+    kinds = {torch.float32: 1, torch.bfloat16: 2, torch.bool: 3}
+    numbers += bias.expand(batch, heads, queries, key.shape[2]).stride() if bias is not None else [0] * 4
+    numbers += [batch, heads, key.shape[1], queries, key.shape[2], dim, value.shape[3], int(is_causal)]
+    numbers += [kinds[bias.dtype] if bias is not None else 0, options.sliding_window or 0, int(backwards)]
+    function = getattr(library, f"dense_{dtype_name(query.dtype)}")
+    tensors = [*operands, output, bias, options.alibi_slopes, options.sinks]
+    call(function, tensors, numbers, options.scale, options.logit_softcap or 0.0)
+    return output
+
+
+@st.composite
+def biases(draw: st.DrawFn, *shape: int) -> Tensor | None:
+    kind = draw(st.sampled_from([None, torch.float32, torch.bfloat16, torch.bool, "infinite"]))
+    if kind is None:
+        return None
+    shape = tuple(draw(st.sampled_from([1, n])) for n in shape)[draw(st.integers(0, 3)) :]
+    seen = torch.rand(shape) < draw(st.sampled_from([0.1, 0.7]))
+    if kind == "infinite":
+        return torch.where(seen, torch.randn(shape), -torch.inf)
+    return seen if kind == torch.bool else torch.randn(shape).to(kind)
+
+
+def random_heads(batch: int, heads: int, length: int, dim: int, dtype: torch.dtype, transposed: bool) -> Tensor:
+    if transposed:
+        return torch.randn(batch, length, heads, dim).to(dtype).transpose(1, 2)
+    return torch.randn(batch, heads, length, dim).to(dtype)
+
+
+@given(data=st.data())
+@settings(max_examples=30)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dense_attention_is_its_definition(library: ctypes.CDLL, dtype: str, data: st.DataObject) -> None:
+    torch.manual_seed(data.draw(st.integers(0, 1000)))
+    batch, kv_heads = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 2))
+    heads = kv_heads * data.draw(st.sampled_from([1, 2, 3, 8]))
+    lengths = st.one_of(st.integers(1, 40), st.integers(500, 530))
+    queries, keys = data.draw(lengths), data.draw(lengths)
+    dim, value_dim = data.draw(DIMS), data.draw(st.one_of(DIMS, st.just(3)))
+    options = data.draw(options_of(heads))
+    bias = data.draw(biases(batch, heads, queries, keys))
+    is_causal = data.draw(st.booleans())
+    operands = [
+        random_heads(batch, n, length, width, DTYPES[dtype], data.draw(st.booleans()))
+        for n, length, width in ((heads, queries, dim), (kv_heads, keys, dim), (kv_heads, keys, value_dim))
+    ]
+    output = run_dense(library, operands, options, bias, is_causal, data.draw(st.booleans()))
+    assert is_right(output, operands, options, bias=bias, is_causal=is_causal)
+
+
+def test_dense_rows_that_see_nothing_are_zero(library: ctypes.CDLL) -> None:
+    operands = [torch.randn(1, 2, n, 16) for n in (9, 4, 4)]
+    output = run_dense(library, operands, Options(), None, True, False)
+    assert (output[:, :, :5] == 0).all() and (output[:, :, 5:] != 0).all()
+    hidden = torch.zeros(9, 4, dtype=torch.bool)
+    assert (run_dense(library, operands, Options(), hidden, False, False) == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dense_bits_do_not_depend_on_the_batch(library: ctypes.CDLL, dtype: str) -> None:
+    """One head alone is split over tasks; many are not."""
+    torch.manual_seed(0)
+    operands = [random_heads(3, n, 130, 32, DTYPES[dtype], False) for n in (6, 2, 2)]
+    together = run_dense(library, operands, Options(), None, True, False)
+    one = [operands[0][1:2, 3:6], operands[1][1:2, 1:2], operands[2][1:2, 1:2]]
+    assert same_bits(
+        run_dense(library, one, Options(), None, True, False).contiguous(), together[1:2, 3:6].contiguous()
+    )
+    last = [one[0][:, :, -1:], one[1], one[2]]
+    assert same_bits(run_dense(library, last, Options(), None, True, False)[0, :, 0], together[1, 3:6, -1])
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="instructions of x86")
+def test_compiles_with_bfloat16_instructions(tmp_path: Path) -> None:
+    (tmp_path / "harness.cpp").write_text(HARNESS)
+    subprocess.run([*COMPILE, "-march=cooperlake", "-fsyntax-only", "harness.cpp"], cwd=tmp_path, check=True)
