@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import sympy
 from torch import fx
@@ -186,16 +186,11 @@ def _build(region: Region, nodes: list[fx.Node], results: tuple[fx.Node, ...]) -
 
 def _numbered(source: Source, order: tuple[fx.Node, ...]) -> object:
     if isinstance(source, PackedWeight):
-        return PackedWeight(
-            tuple(order.index(part) for part in source.parts),  # type: ignore[arg-type]
-            source.panel_format,
-            source.half_distance,
-        )
+        return replace(source, parts=tuple(order.index(part) for part in source.parts))  # type: ignore[arg-type]
     return order.index(source)
 
 
 def _renumbered(number: object, order: tuple[fx.Node, ...]) -> Source:
     if isinstance(number, PackedWeight):
-        parts = tuple(order[position] for position in number.parts)  # type: ignore[index]
-        return PackedWeight(parts, number.panel_format, number.half_distance)
+        return replace(number, parts=tuple(order[position] for position in number.parts))  # type: ignore[index]
     return order[number]  # type: ignore[call-overload,no-any-return]

@@ -134,7 +134,9 @@ class _Driver:
         name = f"packed_{number}_{weight.parts[0].name}"
         self._packed[weight] = self._graph.placeholder(name)
         parts = tuple(_source_names(part) if is_weight_merge(part) else (part.name,) for part in weight.parts)
-        return PackedWeightSource(name, parts, pack(weight.panel_format, weight.half_distance))
+        return PackedWeightSource(
+            name, parts, pack(weight.panel_format, weight.half_distance, is_transposed=weight.is_transposed)
+        )
 
     def _emit(self, step: BuiltSegment | fx.Node) -> None:
         if isinstance(step, fx.Node):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 import torch
@@ -50,6 +50,7 @@ class _Product:
     scale: fx.Node | None = None
     weight_scale: fx.Node | None = None
     bias: fx.Node | None = None
+    is_transposed: bool = False
 
 
 def linear_of(nodes: Sequence[fx.Node]) -> fx.Node | None:
@@ -67,7 +68,7 @@ def build_matmul(region: Region, node: fx.Node, results: Sequence[fx.Node]) -> M
     row, row_index = row_variable(leading)
     reduced = value_of(product.rows).shape[-1]
     stride, offset = _left_operand(region, product.rows, row)
-    weight = PackedWeight(product.parts, product.panel_format, HALF_PANEL)
+    weight = PackedWeight(product.parts, product.panel_format, HALF_PANEL, product.is_transposed)
     assert region.source_name(weight) == "b1"
     if product.sums is not None:
         _require_contiguous_sums(region, product.sums, row)
@@ -75,7 +76,7 @@ def build_matmul(region: Region, node: fx.Node, results: Sequence[fx.Node]) -> M
     region.bind(node, _finished(region, product, row_index))
     stores = [store_of(region, result, f"out{i}", domain_leading, row_index) for i, result in enumerate(results)]
     distance = _half_distance([store.value for store in stores], stores[0].column)
-    region.sources[1] = PackedWeight(product.parts, product.panel_format, distance)
+    region.sources[1] = replace(weight, half_distance=distance)
     return MatmulSpec(
         buffers_of(region, results),
         product.panel_format,
@@ -118,12 +119,12 @@ def _product(node: fx.Node) -> _Product:
 
 
 def _float_product(node: fx.Node, given: dict[str, fx.Node], dtype: torch.dtype) -> _Product:
-    if given["transposed"]:
-        raise Refused("a weight stored [K, N]")
     if dtype not in (torch.float32, torch.bfloat16) or value_of(given["weight"]).dtype != dtype:
         raise Refused(f"no panels for {dtype} rows and {value_of(given['weight']).dtype} weights")
     panel_format = F32 if dtype == torch.float32 else BF16
-    return _Product(node, given["input"], panel_format, (given["weight"],), bias=given["bias"])
+    return _Product(
+        node, given["input"], panel_format, (given["weight"],), bias=given["bias"], is_transposed=given["transposed"]
+    )
 
 
 def _left_operand(region: Region, node: fx.Node, row: LoopVariable) -> tuple[sympy.Expr, sympy.Expr]:

@@ -20,10 +20,11 @@ HALF_PANEL = 16
 Pack = Callable[..., torch.Tensor]
 
 
-def pack(panel_format: PanelFormat, half_distance: int) -> Pack:
+def pack(panel_format: PanelFormat, half_distance: int, *, is_transposed: bool = False) -> Pack:
     """A function of a weight's parts (values, then scales and zeros of 4-bit formats) to panels, uint8."""
 
     def packed(values: torch.Tensor, *scales: torch.Tensor) -> torch.Tensor:
+        values = values.t() if is_transposed else values
         num_outputs = values.shape[0]
         order = plain_row_order(num_outputs) if half_distance == HALF_PANEL else gated_row_order(num_outputs // 2)
         if panel_format.group is not None:

@@ -38,11 +38,15 @@ def is_tensor(node: Any) -> bool:
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A weight that a matrix product reads in panels: ``parts`` are its tensors (values, scales, zeros)."""
+    """A weight that a matrix product reads in panels: ``parts`` are its tensors (values, scales, zeros).
+
+    ``is_transposed`` says that the values lie [K, N].
+    """
 
     parts: tuple[fx.Node, ...]
     panel_format: PanelFormat
     half_distance: int
+    is_transposed: bool = False
 
 
 Source: TypeAlias = fx.Node | PackedWeight

@@ -13,7 +13,7 @@ import sympy
 import torch
 
 from . import scalar
-from .indexing import LoopVariable
+from .indexing import LoopVariable, modulo
 from .lazy_tensor import Index, LazyTensor, Refused, broadcast_index
 from .ops import gated_activation, int8_embedding, layer_norm, quantize_per_token, rms_norm, rotary_embedding
 from .ops.quantized import SMALLEST_MAXIMUM
@@ -103,7 +103,10 @@ def _rotary_embedding(
     def turned(index: Index) -> Scalar:
         *rows, channel = index
         if interleaved:
-            raise Refused("interleaved rotary embedding")
+            following = unary("neg", cast(source.at((*rows, sympy.expand(channel + 1))), dtype))
+            preceding = cast(source.at((*rows, sympy.expand(channel - 1))), dtype)
+            is_first = index_less(modulo(channel, sympy.Integer(2)), sympy.Integer(1))
+            return where(is_first, following, preceding)
         half = rotary_dim / 2
         first = unary("neg", cast(source.at((*rows, sympy.expand(channel + half))), dtype))
         second = cast(source.at((*rows, sympy.expand(channel - half))), dtype)
@@ -118,8 +121,6 @@ def _rotary_embedding(
             return rotated
         return where(index_less(index[-1], rotary_dim), rotated, source.at(index))
 
-    if interleaved:
-        raise Refused("interleaved rotary embedding")
     return LazyTensor(result.shape, result.dtype, compute)
 
 
