@@ -12,211 +12,26 @@ from pathlib import Path
 
 import pytest
 import torch
+from attention_harness import COMPILE, DTYPES, HARNESS, PRETENDING, VARIANTS, Options, call, dtype_name, is_right, pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import infercomp.codegen.cpp
-from infercomp.codegen.ops import attention
-
-SUPPORT = Path(infercomp.codegen.cpp.__file__).parent / "support"
-
-HARNESS = """
-#include <cstdlib>
-
-#include "attention.h"
-
-using namespace infercomp;
-
-// Each task gets scratch full of NaN. Tasks run last to first if asked: no order may matter.
-template <class Problem>
-void run_all(const Problem& problem, bool backwards) {
-    const size_t bytes = (scratch_bytes(problem) + 63) / 64 * 64;
-    char* scratch = static_cast<char*>(std::aligned_alloc(64, bytes + 64));
-    const int64_t count = num_tasks(problem);
-    for (int64_t i = 0; i < count; ++i) {
-        std::memset(scratch, 0xff, bytes);
-        std::memset(scratch + bytes, 0x5a, 64);
-        run_task(problem, backwards ? count - 1 - i : i, scratch);
-        for (int j = 0; j < 64; ++j) if (scratch[bytes + j] != 0x5a) std::abort();
-    }
-    std::free(scratch);
-}
-
-template <class T>
-void paged(void* const* p, const int64_t* n, const float* f) {
-    PagedAttention<T> a;
-    a.query = static_cast<const T*>(p[0]);
-    a.key_cache = static_cast<const T*>(p[1]);
-    a.value_cache = static_cast<const T*>(p[2]);
-    a.output = static_cast<T*>(p[3]);
-    a.block_tables = static_cast<const int64_t*>(p[4]);
-    a.seq_lens = static_cast<const int64_t*>(p[5]);
-    a.query_start_loc = static_cast<const int64_t*>(p[6]);
-    a.alibi_slopes = static_cast<const float*>(p[7]);
-    a.sinks = static_cast<const float*>(p[8]);
-    a.query_token_stride = n[0];
-    a.query_head_stride = n[1];
-    a.output_token_stride = n[2];
-    a.block_table_stride = n[3];
-    a.tokens = n[4];
-    a.sequences = n[5];
-    a.query_heads = n[6];
-    a.kv_heads = n[7];
-    a.head_dim = n[8];
-    a.value_dim = n[9];
-    a.block_size = n[10];
-    a.sliding_window = n[11];
-    a.scale = f[0];
-    a.logit_softcap = f[1];
-    run_all(a, n[12]);
-}
-
-template <class T>
-void dense(void* const* p, const int64_t* n, const float* f) {
-    DenseAttention<T> a;
-    a.query = static_cast<const T*>(p[0]);
-    a.key = static_cast<const T*>(p[1]);
-    a.value = static_cast<const T*>(p[2]);
-    a.output = static_cast<T*>(p[3]);
-    a.bias = p[4];
-    a.alibi_slopes = static_cast<const float*>(p[5]);
-    a.sinks = static_cast<const float*>(p[6]);
-    std::copy(n, n + 3, a.query_strides);
-    std::copy(n + 3, n + 6, a.key_strides);
-    std::copy(n + 6, n + 9, a.value_strides);
-    std::copy(n + 9, n + 12, a.output_strides);
-    std::copy(n + 12, n + 16, a.bias_strides);
-    a.batch = n[16];
-    a.query_heads = n[17];
-    a.kv_heads = n[18];
-    a.queries = n[19];
-    a.keys = n[20];
-    a.head_dim = n[21];
-    a.value_dim = n[22];
-    a.is_causal = n[23];
-    a.bias_kind = BiasKind(n[24]);
-    a.sliding_window = n[25];
-    a.scale = f[0];
-    a.logit_softcap = f[1];
-    run_all(a, n[26]);
-}
-
-template <class T>
-void write_kv(void* const* p, const int64_t* n) {
-    WriteKV<T> w;
-    w.key = static_cast<const T*>(p[0]);
-    w.value = static_cast<const T*>(p[1]);
-    w.key_cache = static_cast<T*>(p[2]);
-    w.value_cache = static_cast<T*>(p[3]);
-    w.slot_mapping = static_cast<const int64_t*>(p[4]);
-    w.tokens = n[0];
-    w.key_token_stride = n[1];
-    w.key_head_stride = n[2];
-    w.value_token_stride = n[3];
-    w.value_head_stride = n[4];
-    w.kv_heads = n[5];
-    w.head_dim = n[6];
-    w.value_dim = n[7];
-    w.block_size = n[8];
-    for (int64_t task = num_tasks(w); task-- > 0;) run_task(w, task);
-}
-
-extern "C" {
-void paged_float32(void* const* p, const int64_t* n, const float* f) { paged<float>(p, n, f); }
-void paged_bfloat16(void* const* p, const int64_t* n, const float* f) { paged<bf16>(p, n, f); }
-void dense_float32(void* const* p, const int64_t* n, const float* f) { dense<float>(p, n, f); }
-void dense_bfloat16(void* const* p, const int64_t* n, const float* f) { dense<bf16>(p, n, f); }
-void write_kv_float32(void* const* p, const int64_t* n) { write_kv<float>(p, n); }
-void write_kv_bfloat16(void* const* p, const int64_t* n) { write_kv<bf16>(p, n); }
-}
-"""
-
-COMPILE = [
-    *[
-        "g++",
-        "-std=c++17",
-        "-fPIC",
-        "-fopenmp-simd",
-        "-fno-math-errno",
-        "-fno-trapping-math",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-    ]
-]
-COMPILE += ["-Wno-psabi", "-Wno-unknown-pragmas", "-iquote", str(SUPPORT)]
-# Less than this machine has is built with less effort: only its results matter here.
-VARIANTS = {"native": ["-O3", "-march=native", "-mprefer-vector-width=512"]}
-if platform.machine() == "x86_64":
-    VARIANTS |= {"avx2": ["-O2", "-mavx2", "-mfma"], "portable": ["-O1"]}
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
 
 @pytest.fixture(scope="module")
-def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ctypes.CDLL]:
-    folder = tmp_path_factory.mktemp("attention")
-    (folder / "harness.cpp").write_text(HARNESS)
-    for name, flags in VARIANTS.items():
-        subprocess.run([*COMPILE, *flags, "-shared", "harness.cpp", "-o", f"{name}.so"], cwd=folder, check=True)
-    return {name: ctypes.CDLL(str(folder / f"{name}.so")) for name in VARIANTS}
+def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[str]], ctypes.CDLL]:
+    def build(flags: list[str]) -> ctypes.CDLL:
+        folder = tmp_path_factory.mktemp("attention")
+        (folder / "harness.cpp").write_text(HARNESS)
+        subprocess.run([*COMPILE, *flags, "-shared", "harness.cpp", "-o", "harness.so"], cwd=folder, check=True)
+        return ctypes.CDLL(str(folder / "harness.so"))
+
+    return build
 
 
 @pytest.fixture(scope="module", params=list(VARIANTS))
-def library(request: pytest.FixtureRequest, libraries: dict[str, ctypes.CDLL]) -> ctypes.CDLL:
-    return libraries[request.param]
-
-
-def call(function: Callable[..., None], tensors: list[Tensor | None], numbers: list[int], *floats: float) -> None:
-    pointers = (ctypes.c_void_p * len(tensors))(*[None if t is None else t.data_ptr() for t in tensors])
-    arguments = [pointers, (ctypes.c_int64 * len(numbers))(*numbers)]
-    if floats:
-        arguments.append((ctypes.c_float * len(floats))(*floats))
-    function(*arguments)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def pair(dtype: torch.dtype) -> int:
-    return 4 // dtype.itemsize
-
-
-@dataclass(frozen=True)
-class Options:
-    scale: float = 0.3
-    sliding_window: int | None = None
-    logit_softcap: float | None = None
-    alibi_slopes: Tensor | None = None
-    sinks: Tensor | None = None
-
-    def definition(self, *operands: Tensor, dtype: torch.dtype, bias: Tensor | None = None, is_causal: bool) -> Tensor:
-        """The op itself in another dtype."""
-        convert = lambda t: t if t is None or t.dtype == torch.bool else t.to(dtype)  # noqa: E731
-        query, key, value = map(convert, operands)
-        return attention.definition(
-            query, key, value, convert(bias), convert(self.alibi_slopes), convert(self.sinks),
-            scale=self.scale, sliding_window=self.sliding_window, logit_softcap=self.logit_softcap, is_causal=is_causal,
-        )  # fmt: skip
-
-
-def max_or_0(values: Tensor) -> float:
-    return float(values.max()) if values.numel() else 0.0
-
-
-def is_right(output: Tensor, operands: list[Tensor], options: Options, **kwargs: object) -> bool:
-    """At most twice as far from float64 as the definition in the same dtype, plus the roundings that it does not do:
-    float exponentials of a few ulp, probabilities rounded to bfloat16 (and so their sum)."""
-    exact = options.definition(*operands, dtype=torch.float64, **kwargs)
-    same = options.definition(*operands, dtype=operands[0].dtype, **kwargs)
-    query, key, value = operands
-    size = options.definition(query, key, value.abs(), dtype=torch.float64, **kwargs)
-    extra = 2e-6 if operands[0].dtype == torch.float32 else 2.0**-8
-    miss = (output.double() - exact).abs()
-    allowed = 2 * max_or_0((same.double() - exact).abs()) + extra * size + 1e-30
-    return bool((miss <= allowed).all())
+def library(request: pytest.FixtureRequest, build: Callable[[list[str]], ctypes.CDLL]) -> ctypes.CDLL:
+    return build(VARIANTS[request.param])
 
 
 # ---- paged -----------------------------------------------------------------------------------------------------------
@@ -348,10 +163,7 @@ def options_of(draw: st.DrawFn, heads: int) -> Options:
 LENGTHS = st.one_of(st.integers(1, 40), st.integers(200, 300), st.integers(500, 530))
 
 
-@given(data=st.data())
-@settings(max_examples=25)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_paged_attention_is_its_definition(library: ctypes.CDLL, dtype: str, data: st.DataObject) -> None:
+def check_paged_attention(library: ctypes.CDLL, dtype: str, data: st.DataObject) -> None:
     torch.manual_seed(data.draw(st.integers(0, 1000)))
     kv_heads = data.draw(st.integers(1, 3))
     heads = kv_heads * data.draw(st.sampled_from([1, 2, 3, 4, 5, 7, 8, 9, 13]))
@@ -364,6 +176,13 @@ def test_paged_attention_is_its_definition(library: ctypes.CDLL, dtype: str, dat
         assert cache.is_right(cache.attend(chunks, options, data.draw(st.booleans())), options)
 
 
+@given(data=st.data())
+@settings(max_examples=20)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_paged_attention_is_its_definition(library: ctypes.CDLL, dtype: str, data: st.DataObject) -> None:
+    check_paged_attention(library, dtype, data)
+
+
 def bits(values: Tensor) -> Tensor:
     return values.view(torch.int32 if values.dtype == torch.float32 else torch.int16)
 
@@ -372,10 +191,7 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
     return torch.equal(bits(left), bits(right))
 
 
-@given(data=st.data())
-@settings(max_examples=20)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_bits_of_a_row_are_its_own(library: ctypes.CDLL, dtype: str, data: st.DataObject) -> None:
+def check_bits(library: ctypes.CDLL, dtype: str, data: st.DataObject) -> None:
     """Whatever the chunks of a prompt, the blocks, the other sequences and what lies behind and around them."""
     torch.manual_seed(data.draw(st.integers(0, 1000)))
     kv_heads = data.draw(st.integers(1, 2))
@@ -398,6 +214,13 @@ def test_bits_of_a_row_are_its_own(library: ctypes.CDLL, dtype: str, data: st.Da
             0
         ]
         assert same_bits(output, expected[first:end]), (first, end)
+
+
+@given(data=st.data())
+@settings(max_examples=20)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_of_a_row_are_its_own(library: ctypes.CDLL, dtype: str, data: st.DataObject) -> None:
+    check_bits(library, dtype, data)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
@@ -519,7 +342,7 @@ def random_heads(batch: int, heads: int, length: int, dim: int, dtype: torch.dty
 
 
 @given(data=st.data())
-@settings(max_examples=30)
+@settings(max_examples=20)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dense_attention_is_its_definition(library: ctypes.CDLL, dtype: str, data: st.DataObject) -> None:
     torch.manual_seed(data.draw(st.integers(0, 1000)))
@@ -561,7 +384,30 @@ def test_dense_bits_do_not_depend_on_the_batch(library: ctypes.CDLL, dtype: str)
     assert same_bits(run_dense(library, last, Options(), None, True, False)[0, :, 0], together[1, 3:6, -1])
 
 
+# ---- bfloat16 instructions -------------------------------------------------------------------------------------------
+
+
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="instructions of x86")
 def test_compiles_with_bfloat16_instructions(tmp_path: Path) -> None:
     (tmp_path / "harness.cpp").write_text(HARNESS)
     subprocess.run([*COMPILE, "-march=cooperlake", "-fsyntax-only", "harness.cpp"], cwd=tmp_path, check=True)
+
+
+@pytest.fixture(scope="module")
+def pretending(build: Callable[[list[str]], ctypes.CDLL]) -> ctypes.CDLL:
+    cpu = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+    if "avx512bw" not in cpu or "avx512_bf16" in cpu:
+        pytest.skip("the machine has no AVX-512, or all of it")
+    return build(PRETENDING)
+
+
+@given(data=st.data())
+@settings(max_examples=20)
+def test_pairs_of_bfloat16_are_their_definition(pretending: ctypes.CDLL, data: st.DataObject) -> None:
+    check_paged_attention(pretending, "bfloat16", data)
+
+
+@given(data=st.data())
+@settings(max_examples=20)
+def test_bits_of_pairs_of_bfloat16(pretending: ctypes.CDLL, data: st.DataObject) -> None:
+    check_bits(pretending, "bfloat16", data)

@@ -2,7 +2,8 @@
 // a cache of one sequence.
 #pragma once
 
-#include "paged_attention.h"
+#include "attention_task.h"
+#include "kv_tiles.h"
 
 namespace infercomp {
 

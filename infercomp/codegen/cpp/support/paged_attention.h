@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention_task.h"
+#include "kv_tiles.h"
 
 namespace infercomp {
 
@@ -128,31 +129,6 @@ void run_task(const PagedAttention<T>& a, int64_t task, void* scratch) {
 
 // ---- writing --------------------------------------------------------------------------------------------------------
 
-// Keys and values of `count` neighbouring positions into the tiles of one block and one head, from `offset` on.
-template <class T>
-void store_keys(const T* source, int64_t token_stride, int64_t count, int64_t head_dim, int64_t block_size,
-                int64_t offset, T* tiles) {
-    using Word = std::conditional_t<sizeof(T) == 2, bf16[2], float>;
-    for (int64_t channel = 0; channel < head_dim; channel += PAIR<T>) {
-        T* target = tiles + channel * block_size + offset * PAIR<T>;
-        for (int64_t i = 0; i < count; ++i) {
-            std::memcpy(target + i * PAIR<T>, source + i * token_stride + channel, sizeof(Word));
-        }
-    }
-}
-
-template <class T>
-void store_values(const T* source, int64_t token_stride, int64_t count, int64_t value_dim, int64_t tiled_dim,
-                  int64_t offset, T* tiles) {
-    for (int64_t i = 0; i < count; ++i) {
-        const int64_t position = offset + i;
-        T* target = tiles + position / PAIR<T> * PAIR<T> * tiled_dim + position % PAIR<T>;
-        for (int64_t channel = 0; channel < value_dim; ++channel) {
-            target[channel * PAIR<T>] = source[i * token_stride + channel];
-        }
-    }
-}
-
 // Token t goes to slot slot_mapping[t] = block * block_size + offset; a negative slot is skipped.
 template <class T>
 struct WriteKV {
@@ -195,13 +171,14 @@ int64_t run_of_slots(const WriteKV<T>& w, int64_t token, int64_t end) {
 
 template <class T>
 void run_task(const WriteKV<T>& w, int64_t task) {
+    using namespace attention_detail;
     const int64_t end = std::min(w.tokens, (task + 1) * WRITE_TOKENS);
     for (int64_t token = task * WRITE_TOKENS, count = 1; token < end; token += count) {
         const int64_t slot = w.slot_mapping[token];
         count = 1;
         if (slot < 0) continue;
-        count = attention_detail::run_of_slots(w, token, end);
-        const int64_t block = attention_detail::quotient(slot, w.block_size);
+        count = run_of_slots(w, token, end);
+        const int64_t block = quotient(slot, w.block_size);
         const int64_t offset = slot - block * w.block_size;
         for (int64_t head = 0; head < w.kv_heads; ++head) {
             const int64_t tile = (block * w.kv_heads + head) * w.block_size;
