@@ -368,5 +368,6 @@ def test_unverified_the_planted_bug_is_caught_by_the_numbers(planted: str) -> No
 
 
 def test_every_pass_declares_a_class_that_verification_bounds() -> None:
-    assert all(each.numeric_class.bound <= 1e-9 for each in PIPELINE)
+    # The only pass that may move the numbers is the one that the user has to ask for.
+    assert [each.name for each in PIPELINE if each.numeric_class.bound > 1e-9] == ["quantize_linears"]
     assert len({each.name for each in PIPELINE}) == len(PIPELINE)

@@ -75,12 +75,13 @@ def _build(sources: Sequence[str], flags: Sequence[str], workplace: Path, librar
     paths = [workplace / f"unit_{i}.cpp" for i in range(len(sources))]
     for path, text in zip(paths, sources, strict=True):
         path.write_text(text)
+
+    def compile_unit(path: Path) -> None:
+        # Quoted includes only: the system's headers of the same names must stay where the system looks for them.
+        _run([compiler(), *flags, "-iquote", str(SUPPORT), "-c", str(path), "-o", f"{path}.o"], path)
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(
-            pool.map(
-                lambda path: _run([compiler(), *flags, f"-I{SUPPORT}", "-c", str(path), "-o", f"{path}.o"], path), paths
-            )
-        )
+        list(pool.map(compile_unit, paths))
     linked = workplace / "linked.so"
     _run([compiler(), "-shared", "-pthread", *(f"{path}.o" for path in paths), "-o", str(linked)], workplace)
     # Renaming is atomic: nobody loads half a library, whoever else builds the same.

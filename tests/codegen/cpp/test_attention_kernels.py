@@ -177,7 +177,7 @@ def check_paged_attention(library: ctypes.CDLL, dtype: str, data: st.DataObject)
 
 
 @given(data=st.data())
-@settings(max_examples=20)
+@settings(max_examples=15)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_paged_attention_is_its_definition(library: ctypes.CDLL, dtype: str, data: st.DataObject) -> None:
     check_paged_attention(library, dtype, data)
@@ -217,7 +217,7 @@ def check_bits(library: ctypes.CDLL, dtype: str, data: st.DataObject) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=20)
+@settings(max_examples=15)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bits_of_a_row_are_its_own(library: ctypes.CDLL, dtype: str, data: st.DataObject) -> None:
     check_bits(library, dtype, data)
@@ -342,7 +342,7 @@ def random_heads(batch: int, heads: int, length: int, dim: int, dtype: torch.dty
 
 
 @given(data=st.data())
-@settings(max_examples=20)
+@settings(max_examples=15)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dense_attention_is_its_definition(library: ctypes.CDLL, dtype: str, data: st.DataObject) -> None:
     torch.manual_seed(data.draw(st.integers(0, 1000)))
@@ -402,12 +402,12 @@ def pretending(build: Callable[[list[str]], ctypes.CDLL]) -> ctypes.CDLL:
 
 
 @given(data=st.data())
-@settings(max_examples=20)
+@settings(max_examples=15)
 def test_pairs_of_bfloat16_are_their_definition(pretending: ctypes.CDLL, data: st.DataObject) -> None:
     check_paged_attention(pretending, "bfloat16", data)
 
 
 @given(data=st.data())
-@settings(max_examples=20)
+@settings(max_examples=15)
 def test_bits_of_pairs_of_bfloat16(pretending: ctypes.CDLL, data: st.DataObject) -> None:
     check_bits(pretending, "bfloat16", data)
