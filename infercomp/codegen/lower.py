@@ -38,7 +38,7 @@ def lower(model_graph: ModelGraph, config: CodegenConfig | None = None) -> Progr
     items = schedule(plan, dependencies(model_graph.graph, plan))
     exported = exported_nodes(model_graph.graph, plan)
     segments = [item for item in items if isinstance(item, Segment)]
-    built, texts = build_segments(segments, exported, config) if segments else ([], ())
+    built, texts = build_segments(segments, exported, model_graph.weights, config) if segments else ([], ())
     remaining = iter(built)
     steps: list[BuiltSegment | fx.Node] = [next(remaining) if isinstance(item, Segment) else item for item in items]
     return _Driver(model_graph, plan).program(steps, texts)

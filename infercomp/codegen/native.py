@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import sympy
@@ -14,11 +14,11 @@ from ..runtime.native_step import KernelCall, NativeStep, OutputSpec, SizeSource
 from .config import CodegenConfig
 from .cpp.emit import emit_units
 from .cpp.toolchain import SUPPORT, build_library
-from .grouping import Group
+from .grouping import Group, is_weight_merge
 from .indexing import size_expr
 from .lazy_tensor import Refused
 from .model_graph import source_line, value_of
-from .regions import Source
+from .regions import PackedWeight, Source
 from .segments import Segment, plan_arena
 from .specs import KernelSpec, spec_name, symbols_of
 
@@ -33,7 +33,7 @@ class BuiltSegment:
 
 
 def build_segments(
-    segments: Sequence[Segment], exported: set[fx.Node], config: CodegenConfig
+    segments: Sequence[Segment], exported: set[fx.Node], weights: Container[str], config: CodegenConfig
 ) -> tuple[list[BuiltSegment], tuple[str, ...]]:
     """All segments of a program, over one library, and the texts that it was built from."""
     kernels: dict[str, KernelSpec] = {}
@@ -48,7 +48,7 @@ def build_segments(
     library = build_library(units, config)
     executor = build_library([(SUPPORT / "executor.cpp").read_text()], config)
     leaving = exported | _read_by_other_segments(segments)
-    built = [_Assembly(segment, leaving, names).built(library, executor) for segment in segments]
+    built = [_Assembly(segment, leaving, names, weights).built(library, executor) for segment in segments]
     return built, tuple(units)
 
 
@@ -73,8 +73,11 @@ def _read_by_other_segments(segments: Sequence[Segment]) -> set[fx.Node]:
 class _Assembly:
     """Numbers the operands and sizes of one segment."""
 
-    def __init__(self, segment: Segment, leaving: set[fx.Node], names: Mapping[int, str]) -> None:
+    def __init__(
+        self, segment: Segment, leaving: set[fx.Node], names: Mapping[int, str], weights: Container[str]
+    ) -> None:
         self._segment = segment
+        self._weights = weights
         self._names = names
         produced = {node for group in segment.groups for node in group.results}
         self._outputs = tuple(node for group in segment.groups for node in group.results if node in leaving)
@@ -101,8 +104,12 @@ class _Assembly:
             for node in self._outputs
         )
         slots = tuple(self._text(slot.num_bytes) for slot in self._slots)
-        step = NativeStep(library, executor, calls, tuple(self._sizes), slots, outputs, len(self._inputs))  # type: ignore[arg-type]
+        weights = tuple(i for i, source in enumerate(self._inputs) if self._is_weight(source))
+        step = NativeStep(library, executor, calls, tuple(self._sizes), slots, outputs, len(self._inputs), weights)  # type: ignore[arg-type]
         return BuiltSegment(step, tuple(self._inputs), self._outputs)
+
+    def _is_weight(self, source: Source) -> bool:
+        return isinstance(source, PackedWeight) or is_weight_merge(source) or source.name in self._weights
 
     def _place(self, operand: Source) -> int:
         if isinstance(operand, fx.Node) and operand in self._slot_of:

@@ -49,7 +49,8 @@ class NativeStep:
     """Kernels of ``library`` called in phases.
 
     Inputs are contiguous tensors (others are copied) and integers; ``slot_bytes`` are expressions of the
-    sizes. Raises InputError where a kernel met an index out of range.
+    sizes; ``weight_inputs`` are the places of inputs that stay the same tensors. Raises InputError where
+    a kernel met an index out of range.
     """
 
     library: Path
@@ -59,22 +60,28 @@ class NativeStep:
     slot_bytes: tuple[str, ...]
     outputs: tuple[OutputSpec, ...]
     num_inputs: int
+    weight_inputs: tuple[int, ...]
 
     def __call__(self, *inputs: Any) -> list[torch.Tensor]:
-        inputs = tuple(x.contiguous() if isinstance(x, torch.Tensor) else x for x in inputs)
+        table = self._table
+        if not table.weights or any(inputs[position] is not known for position, known in table.weights):
+            table.weights = [(position, inputs[position]) for position in self.weight_inputs]
+            table.contiguous_weights = table.set_inputs(table.weights)
+        # Copies of inputs that were not contiguous live until the step is done.
+        contiguous = table.set_inputs([(position, inputs[position]) for position in self._varying_inputs])
         sizes = tuple(inputs[s.position] if s.dim is None else inputs[s.position].shape[s.dim] for s in self.sizes)
         offsets, num_bytes, shapes = self._layout(sizes)
-        device = torch.device("cpu")
-        outputs = [
-            torch.empty(shape, dtype=o.dtype, device=device) for shape, o in zip(shapes, self.outputs, strict=True)
-        ]
+        outputs = [torch.empty(shape, dtype=o.dtype) for shape, o in zip(shapes, self.outputs, strict=True)]
         arena = torch.empty(num_bytes + _ALIGNMENT, dtype=torch.uint8)
         base = -(-arena.data_ptr() // _ALIGNMENT) * _ALIGNMENT
-        pointers = [x.data_ptr() if isinstance(x, torch.Tensor) else 0 for x in inputs]
-        pointers += [base + offset for offset in offsets]
-        pointers += [output.data_ptr() for output in outputs]
-        self._table.run(pointers, sizes)
+        table.run([*(base + offset for offset in offsets), *(output.data_ptr() for output in outputs)], sizes)
+        del contiguous
         return outputs
+
+    @cached_property
+    def _varying_inputs(self) -> tuple[int, ...]:
+        constant = set(self.weight_inputs)
+        return tuple(position for position in range(self.num_inputs) if position not in constant)
 
     @cached_property
     def _table(self) -> _Table:
@@ -112,8 +119,11 @@ class _Table:
         self._executor = load_executor(step.executor)
         self._library = ctypes.CDLL(str(step.library))
         self._handle = ctypes.c_void_p(self._executor.infercomp_step_new())
-        self._num_pointers = step.num_inputs + len(step.slot_bytes) + len(step.outputs)
+        self._num_inputs = step.num_inputs
+        self._pointers = (ctypes.c_void_p * (step.num_inputs + len(step.slot_bytes) + len(step.outputs)))()
         self._num_sizes = len(step.sizes)
+        self.weights: list[tuple[int, torch.Tensor]] = []
+        self.contiguous_weights: list[torch.Tensor] = []
         for call in step.calls:
             kernel = ctypes.c_char.in_dll(self._library, f"infercomp_kernel_{call.kernel}")
             self._executor.infercomp_step_add(
@@ -126,10 +136,19 @@ class _Table:
                 _INT64(len(call.symbols)),
             )
 
-    def run(self, pointers: Sequence[int], sizes: Sequence[int], is_timed: bool = False) -> None:
+    def set_inputs(self, inputs: Sequence[tuple[int, Any]]) -> list[torch.Tensor]:
+        """Note where inputs lie; returns the tensors that must live until the step is done."""
+        tensors = [(position, x.contiguous()) for position, x in inputs if isinstance(x, torch.Tensor)]
+        for position, tensor in tensors:
+            self._pointers[position] = tensor.data_ptr()
+        return [tensor for _, tensor in tensors]
+
+    def run(self, rest: Sequence[int], sizes: Sequence[int], is_timed: bool = False) -> None:
+        """One step; ``rest`` are the addresses of slots and outputs."""
+        self._pointers[self._num_inputs :] = [*rest]
         num_bad = self._executor.infercomp_step_run(
             self._handle,
-            (ctypes.c_void_p * self._num_pointers)(*pointers),
+            self._pointers,
             (_INT64 * max(1, self._num_sizes))(*sizes),
             torch.get_num_threads(),
             int(is_timed),
