@@ -31,7 +31,9 @@ def byte_tokenizer(chat_template: str | None) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=chat_template)
 
 
-def save_tiny_model(folder: Path, *, chat_template: str | None = CHAT_TEMPLATE, vocab_size: int = 256) -> str:
+def save_tiny_model(
+    folder: Path, *, chat_template: str | None = CHAT_TEMPLATE, vocab_size: int = 256, num_positions: int = 512
+) -> str:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocab_size,
@@ -40,7 +42,7 @@ def save_tiny_model(folder: Path, *, chat_template: str | None = CHAT_TEMPLATE, 
         num_hidden_layers=1,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=512,
+        max_position_embeddings=num_positions,
         bos_token_id=None,
         eos_token_id=None,
     )
@@ -211,8 +213,10 @@ def test_help_and_usage_errors_load_no_torch() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_an_interrupt_ends_with_130_and_no_traceback(tiny_model: str) -> None:
-    command = python_module("generate", tiny_model, "-p", "Once", "--max-tokens", "400")
+def test_an_interrupt_ends_with_130_and_no_traceback(tmp_path: Path) -> None:
+    # Far more tokens than can be generated before the signal arrives, however late that is.
+    model = save_tiny_model(tmp_path, num_positions=8192)
+    command = python_module("generate", model, "-p", "Once", "--max-tokens", "8000")
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.read(1)
