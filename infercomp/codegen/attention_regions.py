@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import sympy
 import torch
@@ -15,19 +14,11 @@ from .matmul_regions import NotRowMajor
 from .model_graph import value_of
 from .ops import write_kv
 from .ops.attention import tile_of
-from .regions import Region, buffers_of, column_variable, row_variable
+from .regions import Region, buffers_of, column_variable, named_arguments, row_variable
 from .specs import AttentionSpec, Buffer, LoopSpec, PagedAttentionSpec, Store
 from .view_ops import as_position
 
 UNIT = 16
-
-
-def named_arguments(node: fx.Node) -> dict[str, Any]:
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
-    return {
-        a.name: node.args[i] if i < len(node.args) else node.kwargs.get(a.name, a.default_value)
-        for i, a in enumerate(schema)
-    }
 
 
 def strided(region: Region, node: fx.Node) -> tuple[sympy.Expr, tuple[sympy.Expr, ...]]:

@@ -18,6 +18,7 @@ from .regions import (
     Region,
     buffers_of,
     leading_shape,
+    named_arguments,
     renamed,
     row_variable,
     store_of,
@@ -91,11 +92,7 @@ def build_matmul(region: Region, node: fx.Node, results: Sequence[fx.Node]) -> M
 
 
 def _product(node: fx.Node) -> _Product:
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
-    given = {
-        a.name: node.args[i] if i < len(node.args) else node.kwargs.get(a.name, a.default_value)
-        for i, a in enumerate(schema)
-    }
+    given = named_arguments(node)
     dtype = value_of(node.args[0]).dtype
     if node.target == linear.overload:
         return _float_product(node, given, dtype)

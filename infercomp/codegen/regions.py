@@ -52,6 +52,15 @@ class PackedWeight:
 Source: TypeAlias = fx.Node | PackedWeight
 
 
+def named_arguments(node: fx.Node) -> dict[str, Any]:
+    """A call's arguments by the names of its schema, defaults filled in."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    return {
+        a.name: node.args[i] if i < len(node.args) else node.kwargs.get(a.name, a.default_value)
+        for i, a in enumerate(schema)
+    }
+
+
 class Region:
     """One group of nodes, evaluated lazily; ``sources`` are the buffers it reads, in order of discovery."""
 
