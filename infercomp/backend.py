@@ -18,7 +18,7 @@ from torch import fx
 
 from .capture import capture_dynamo
 from .codegen.model_graph import ModelGraph
-from .compiler import Compiled, compile_graph
+from .compiler import Compiled, lower_graph, rewrite_graph
 from .config import Config, parse_options
 from .report import Report
 from .runtime.errors import CaptureError, ConfigError, InfercompError, UnsupportedError
@@ -82,10 +82,11 @@ def _compile(
         return _fall_back(graph_module, example_inputs, config, on_report, reason)
     placeholders = [node.name for node in graph_module.graph.nodes if node.op == "placeholder"]
     examples = dict(zip(placeholders, map(_concrete, example_inputs), strict=True))
-    compiled = compile_graph(model_graph, config, examples)
-    if not compiled.is_transformer:
+    rewritten = rewrite_graph(model_graph, config, examples)
+    if not rewritten.is_transformer:
         reason = "nothing of a transformer was recognised in this graph"
         return _fall_back(graph_module, example_inputs, config, on_report, reason, remedy=None)
+    compiled = lower_graph(rewritten, config)
     on_report(compiled.report)
     return _Runner(compiled, placeholders)
 

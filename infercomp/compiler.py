@@ -10,7 +10,7 @@ from .codegen.attention_regions import UNIT
 from .codegen.lower import lower, uses_kernels
 from .codegen.model_graph import ModelGraph
 from .config import Config
-from .dumps import open_dump
+from .dumps import Dump, open_dump
 from .passes.config import PassConfig
 from .passes.graph_pass import PassRecord
 from .passes.pipeline import run_pipeline
@@ -21,17 +21,26 @@ _SIGNS_OF_A_TRANSFORMER = frozenset({"recognize_attention", "recognize_norm", "f
 
 
 @dataclass(frozen=True)
+class Rewritten:
+    """A graph after the passes, and what each of them did."""
+
+    model_graph: ModelGraph
+    records: tuple[PassRecord, ...]
+    dump: Dump | None
+
+    @property
+    def is_transformer(self) -> bool:
+        """Whether anything that infercomp exists for was found, or switched off by the user, in the graph."""
+        return any(_found(record) for record in self.records if record.name in _SIGNS_OF_A_TRANSFORMER)
+
+
+@dataclass(frozen=True)
 class Compiled:
     """A program with the graph that it was lowered from and the report of how."""
 
     program: Program
     model_graph: ModelGraph
     report: Report
-
-    @property
-    def is_transformer(self) -> bool:
-        """Whether anything that infercomp exists for was found, or switched off by the user, in the graph."""
-        return any(_found(record) for record in self.report.passes if record.name in _SIGNS_OF_A_TRANSFORMER)
 
 
 def _found(record: PassRecord) -> bool:
@@ -47,10 +56,10 @@ def _for_kernels(model_graph: ModelGraph, config: Config) -> PassConfig:
     return replace(passes, kv_cache_layout="tiled" if is_tiled else "rows")
 
 
-def compile_graph(
+def rewrite_graph(
     model_graph: ModelGraph, config: Config, example_inputs: Mapping[str, Any] | None, *, serving: bool = False
-) -> Compiled:
-    """Run the pipeline on ``model_graph`` (in place) and lower it; dumps every stage if ``config.dump`` is set."""
+) -> Rewritten:
+    """Run the pipeline on ``model_graph`` (in place); dumps every stage if ``config.dump`` is set."""
     dump = open_dump(config.dump) if config.dump else None
     if dump is not None:
         dump.write_graph(0, "captured", model_graph, example_inputs)
@@ -61,9 +70,21 @@ def compile_graph(
         example_inputs=example_inputs,
         on_change=dump.write_graph if dump else None,
     )
-    program = lower(model_graph, config.codegen)
-    report = Report(records, program.ops)
-    if dump is not None:
-        dump.write_kernels(program.kernel_texts)
-        dump.write_report(report)
-    return Compiled(program, model_graph, report)
+    return Rewritten(model_graph, records, dump)
+
+
+def lower_graph(rewritten: Rewritten, config: Config) -> Compiled:
+    """The program of a rewritten graph, with the report."""
+    program = lower(rewritten.model_graph, config.codegen)
+    report = Report(rewritten.records, program.ops)
+    if rewritten.dump is not None:
+        rewritten.dump.write_kernels(program.kernel_texts)
+        rewritten.dump.write_report(report)
+    return Compiled(program, rewritten.model_graph, report)
+
+
+def compile_graph(
+    model_graph: ModelGraph, config: Config, example_inputs: Mapping[str, Any] | None, *, serving: bool = False
+) -> Compiled:
+    """Rewrite ``model_graph`` (in place) and lower it."""
+    return lower_graph(rewrite_graph(model_graph, config, example_inputs, serving=serving), config)

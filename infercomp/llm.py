@@ -10,6 +10,7 @@ import torch
 
 from .compiler import compile_graph
 from .config import Config, parse_options
+from .kernel_prefetch import prefetch_kernels
 from .loading.loader import check_vocabulary, load
 from .passes.config import check_pass_names
 from .passes.pipeline import pass_names
@@ -58,7 +59,8 @@ class LLM:
         self.tokenizer = tokenizer
         self.max_model_len = _max_model_len(module, self.config)
         self.eos_token_ids = end_of_sequence_ids(module, tokenizer)
-        captured, examples = capture_for_serving(module.eval(), position_limit(module))
+        prefetch_kernels(module.eval(), self.config)
+        captured, examples = capture_for_serving(module, position_limit(module))
         compiled = compile_graph(captured, self.config, examples, serving=True)
         self.report: Report = compiled.report
         self._served = ServedModel(compiled)

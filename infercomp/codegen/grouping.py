@@ -140,12 +140,28 @@ class Planner:
         built = self._built.get(key)
         if built is None:
             region = Region(nodes, self._is_stored)
-            spec = _build(region, nodes, results)
+            spec = self._build(region, nodes, results)
             self._require_weights(region)
             numbers = tuple(_numbered(source, order) for source in region.sources)
             built = self._built[key] = _Built(spec, numbers, region.symbols)
         sources = tuple(_renumbered(number, order) for number in built.source_numbers)
         return Group(tuple(nodes), results, built.spec, sources, built.symbols)
+
+    def _build(self, region: Region, nodes: list[fx.Node], results: tuple[fx.Node, ...]) -> KernelSpec:
+        targets = {node.target for node in nodes}
+        if paged_attention.overload in targets:
+            return build_paged_attention(region, nodes, results)
+        if attention.overload in targets:
+            return build_attention(region, nodes, results)
+        if write_kv.overload in targets:
+            return build_write_kv(region, nodes, results)
+        if not results:
+            raise Refused("nothing reads it")
+        linear = linear_of(nodes)
+        if linear is None:
+            return build_loop(region, results)
+        # A graph that owns its weights packs them; a caller's stay in place, where a change by the caller is seen.
+        return build_matmul(region, linear, results, packs_floats=self._model_graph.frozen)
 
     def _require_weights(self, region: Region) -> None:
         parts = (part for source in region.sources if isinstance(source, PackedWeight) for part in source.parts)
@@ -168,20 +184,6 @@ class Planner:
                 else:
                     return True
         return False
-
-
-def _build(region: Region, nodes: list[fx.Node], results: tuple[fx.Node, ...]) -> KernelSpec:
-    targets = {node.target for node in nodes}
-    if paged_attention.overload in targets:
-        return build_paged_attention(region, nodes, results)
-    if attention.overload in targets:
-        return build_attention(region, nodes, results)
-    if write_kv.overload in targets:
-        return build_write_kv(region, nodes, results)
-    if not results:
-        raise Refused("nothing reads it")
-    linear = linear_of(nodes)
-    return build_loop(region, results) if linear is None else build_matmul(region, linear, results)
 
 
 def _numbered(source: Source, order: tuple[fx.Node, ...]) -> object:

@@ -12,6 +12,8 @@ import copy
 import operator
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from ..runtime.program import MergedWeight, OpExecution, PackedWeightSource, Pro
 from .config import CodegenConfig
 from .grouping import Plan, Planner, is_computed, is_weight_merge
 from .model_graph import ModelGraph, value_of
-from .native import BuiltSegment, build_segments
+from .native import BuiltSegment, build_segments, start_kernels
 from .ops import definition_of
 from .packing import pack
 from .regions import PackedWeight, is_inlined
@@ -42,6 +44,14 @@ def lower(model_graph: ModelGraph, config: CodegenConfig | None = None) -> Progr
     remaining = iter(built)
     steps: list[BuiltSegment | fx.Node] = [next(remaining) if isinstance(item, Segment) else item for item in items]
     return _Driver(model_graph, plan).program(steps, texts)
+
+
+def start_building_kernels(model_graph: ModelGraph, config: CodegenConfig) -> Future[Path] | None:
+    """Start to build the kernels that ``lower`` would want for this graph; None where it would want none."""
+    plan = _plan(model_graph, config)
+    items = schedule(plan, dependencies(model_graph.graph, plan))
+    segments = [item for item in items if isinstance(item, Segment)]
+    return start_kernels(segments, config) if segments else None
 
 
 def uses_kernels(model_graph: ModelGraph, config: CodegenConfig) -> bool:

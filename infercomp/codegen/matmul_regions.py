@@ -16,7 +16,9 @@ from .ops import int4_linear, int4_weight_linear, int8_linear, int8_weight_linea
 from .regions import (
     PackedWeight,
     Region,
+    Source,
     buffers_of,
+    is_inlined,
     leading_shape,
     named_arguments,
     renamed,
@@ -24,7 +26,7 @@ from .regions import (
     store_of,
 )
 from .scalar import Scalar, accumulator, binary, cast, walk
-from .specs import MatmulSpec
+from .specs import MatmulSpec, WeightLayout
 from .weight_panels import BF16, F32, INT8, PanelFormat, int4
 
 LINEARS = frozenset(op.overload for op in (linear, int8_linear, int4_linear, int8_weight_linear, int4_weight_linear))
@@ -62,14 +64,17 @@ def linear_of(nodes: Sequence[fx.Node]) -> fx.Node | None:
     return linears[0] if linears else None
 
 
-def build_matmul(region: Region, node: fx.Node, results: Sequence[fx.Node]) -> MatmulSpec:
-    """The product of ``node`` with the group's other calls as its epilogue, storing ``results``."""
+def build_matmul(region: Region, node: fx.Node, results: Sequence[fx.Node], *, packs_floats: bool) -> MatmulSpec:
+    """The product of ``node`` with the group's other calls as its epilogue, storing ``results``.
+
+    Float weights stay where they are unless ``packs_floats``; those of other formats are always packed.
+    """
     product = _product(node)
     leading = leading_shape(region, node)
     row, row_index = row_variable(leading)
     reduced = value_of(product.rows).shape[-1]
     stride, offset = _left_operand(region, product.rows, row)
-    weight = PackedWeight(product.parts, product.panel_format, HALF_PANEL, product.is_transposed)
+    weight = _weight(product, packs_floats)
     assert region.source_name(weight) == "b1"
     if product.sums is not None:
         _require_contiguous_sums(region, product.sums, row)
@@ -77,10 +82,12 @@ def build_matmul(region: Region, node: fx.Node, results: Sequence[fx.Node]) -> M
     region.bind(node, _finished(region, product, row_index))
     stores = [store_of(region, result, f"out{i}", domain_leading, row_index) for i, result in enumerate(results)]
     distance = _half_distance([store.value for store in stores], stores[0].column)
-    region.sources[1] = replace(weight, half_distance=distance)
+    if isinstance(weight, PackedWeight):
+        region.sources[1] = replace(weight, half_distance=distance)
     return MatmulSpec(
         buffers_of(region, results),
         product.panel_format,
+        _layout(weight, product),
         value_of(product.rows).dtype,
         row,
         int(reduced),
@@ -89,6 +96,22 @@ def build_matmul(region: Region, node: fx.Node, results: Sequence[fx.Node]) -> M
         distance,
         renamed(region, stores),
     )
+
+
+def _weight(product: _Product, packs_floats: bool) -> Source:
+    """What the kernel reads as its weight."""
+    if packs_floats or product.panel_format not in (F32, BF16):
+        return PackedWeight(product.parts, product.panel_format, HALF_PANEL, product.is_transposed)
+    (values,) = product.parts
+    if is_inlined(values):
+        raise Refused(f"its weight {values.name} is a view that is stored nowhere")
+    return values
+
+
+def _layout(weight: Source, product: _Product) -> WeightLayout:
+    if isinstance(weight, PackedWeight):
+        return "panels"
+    return "columns" if product.is_transposed else "rows"
 
 
 def _product(node: fx.Node) -> _Product:

@@ -42,6 +42,8 @@ class ModelGraph:
     weight_sources: dict[str, str] = field(default_factory=dict)
     frozen: bool = False
     output_orders: tuple[tuple[int, ...] | None, ...] = ()
+    known_values: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    """Fake results by call and descriptions of its arguments: layers repeat, and so do their calls."""
 
     @property
     def graph(self) -> fx.Graph:
@@ -159,10 +161,34 @@ def _hint(extent: Any) -> int:
 
 def refresh_value(model_graph: ModelGraph, node: fx.Node) -> None:
     """Recompute ``meta["val"]`` of one call from the fake values of its arguments."""
-
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda argument: argument.meta["val"])
-    with model_graph.fake_mode, torch.no_grad():
-        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+    key = (node.target, _described(args), _described(kwargs))
+    value = model_graph.known_values.get(key)
+    if value is None:
+        with model_graph.fake_mode, torch.no_grad():
+            value = node.target(*args, **kwargs)  # type: ignore[operator]
+        if isinstance(value, torch.Tensor) and not _is_of_unknown_shape(node.target):
+            model_graph.known_values[key] = value
+    node.meta["val"] = value
+
+
+def _is_of_unknown_shape(target: Any) -> bool:
+    """Whether each call makes a size of its own, which no other call may share."""
+    return not isinstance(target, torch._ops.OpOverload) or torch.Tag.dynamic_output_shape in target.tags
+
+
+def _described(value: Any) -> Any:
+    """All that the shape, strides and dtype of a result can depend on."""
+    if isinstance(value, torch.Tensor):
+        extents = (*value.shape, *value.stride(), value.storage_offset())
+        return value.dtype, value.device, value.dim(), tuple(map(_described, extents))
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return value.node.expr
+    if isinstance(value, (list, tuple)):
+        return type(value), tuple(map(_described, value))
+    if isinstance(value, dict):
+        return tuple((name, _described(one)) for name, one in value.items())
+    return type(value), value
 
 
 def value_of(node: Any) -> Any:

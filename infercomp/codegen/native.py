@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Container, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 
 import sympy
 import torch
@@ -13,7 +15,7 @@ from torch import fx
 from ..runtime.native_step import KernelCall, NativeStep, OutputSpec, SizeSource
 from .config import CodegenConfig
 from .cpp.emit import emit_units
-from .cpp.toolchain import SUPPORT, build_library
+from .cpp.toolchain import SUPPORT, build_library, start_building
 from .grouping import Group, is_weight_merge
 from .indexing import size_expr
 from .lazy_tensor import Refused
@@ -36,6 +38,26 @@ def build_segments(
     segments: Sequence[Segment], exported: set[fx.Node], weights: Container[str], config: CodegenConfig
 ) -> tuple[list[BuiltSegment], tuple[str, ...]]:
     """All segments of a program, over one library, and the texts that it was built from."""
+    names, units = _named_units(segments)
+    executor = start_executor(config)
+    library = build_library(units, config)
+    leaving = exported | _read_by_other_segments(segments)
+    assemblies = [_Assembly(segment, leaving, names, weights) for segment in segments]
+    return [assembly.built(library, executor.result()) for assembly in assemblies], tuple(units)
+
+
+def start_executor(config: CodegenConfig) -> Future[Path]:
+    """Start to build what runs the kernels of every program."""
+    return start_building([(SUPPORT / "executor.cpp").read_text()], config)
+
+
+def start_kernels(segments: Sequence[Segment], config: CodegenConfig) -> Future[Path]:
+    """Start to build the library that ``build_segments`` would wait for."""
+    return start_building(_named_units(segments)[1], config)
+
+
+def _named_units(segments: Sequence[Segment]) -> tuple[dict[int, str], list[str]]:
+    """The kernels' names by the identity of their groups, and the C++ texts."""
     kernels: dict[str, KernelSpec] = {}
     origins: dict[str, list[str]] = {}
     names: dict[int, str] = {}
@@ -44,12 +66,7 @@ def build_segments(
         kernels.setdefault(name, group.spec)
         names[id(group)] = name
         origins.setdefault(name, _origin(group))
-    units = emit_units(kernels, origins, os.cpu_count() or 1)
-    library = build_library(units, config)
-    executor = build_library([(SUPPORT / "executor.cpp").read_text()], config)
-    leaving = exported | _read_by_other_segments(segments)
-    built = [_Assembly(segment, leaving, names, weights).built(library, executor) for segment in segments]
-    return built, tuple(units)
+    return names, emit_units(kernels, origins, os.cpu_count() or 1)
 
 
 def _origin(group: Group) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from typing import Any, Literal
 
 import sympy
 import torch
@@ -46,18 +46,23 @@ class LoopSpec:
     stores: tuple[Store, ...]
 
 
+WeightLayout = Literal["panels", "rows", "columns"]
+
+
 @dataclass(frozen=True)
 class MatmulSpec:
-    """rows [M, K] times a weight in panels, then the stores for every row and column.
+    """rows [M, K] times a weight, then the stores for every row and column.
 
     Row m of the left operand ``b0`` starts at element ``row_offset + m * row_stride``; ``b1`` holds the
-    panels. Integer activations also need ``b2``, the sums of each row's groups. ``accumulator`` in the
-    stores is the product; a panel's two halves start ``half_distance`` columns apart: 16 for
-    neighbours, the width of the gate for gated activations.
+    weight: "panels" (packed ahead of time), or in place as "rows" [N, K] or "columns" [K, N]. Integer
+    activations also need ``b2``, the sums of each row's groups. ``accumulator`` in the stores is the
+    product; a panel's two halves start ``half_distance`` columns apart: 16 for neighbours, the width of
+    the gate for gated activations.
     """
 
     buffers: tuple[Buffer, ...]
     panel_format: PanelFormat
+    weight_layout: WeightLayout
     activation: torch.dtype
     row: LoopVariable
     reduced: int

@@ -43,7 +43,7 @@ def _kernel(name: str, struct: str, spec: PagedAttentionSpec | AttentionSpec, fi
             "",
             f"static void {name}(void* const* operands, const int64_t* sizes, int64_t task, Errors&) {{",
             f"    const {struct} a = {name}_arguments(operands, sizes);",
-            "    run_task(a, task, scratch(scratch_bytes(a)));",
+            f"    run_task(a, task, scratch<{struct}>(scratch_bytes(a)));",
             "}",
             "",
         ]

@@ -28,6 +28,15 @@ def panels_type(panel_format: PanelFormat, activation: torch.dtype) -> str:
     return f"INT4WeightPanels<{panel_format.group}, {zeros}, {kind}>"
 
 
+def _weights(spec: MatmulSpec, outputs: str) -> tuple[str, str]:
+    """The struct of product.h that says where the weight is, and its fields."""
+    if spec.weight_layout == "panels":
+        return "Panels", "b1"
+    kind = BUFFER_TYPES[spec.buffers[1].dtype]
+    struct = "RowsInPlace" if spec.weight_layout == "rows" else "ColumnsInPlace"
+    return f"{struct}<{kind}>", f"b1, {{{outputs}, {spec.half_distance}}}"
+
+
 def emit_matmul(spec: MatmulSpec, name: str) -> str:
     is_paired = spec.half_distance != HALF_PANEL
     width = HALF_PANEL if is_paired else 2 * HALF_PANEL
@@ -41,6 +50,7 @@ def emit_matmul(spec: MatmulSpec, name: str) -> str:
     )
     sums = "b2" if spec.activation == torch.int8 else "nullptr"
     panels = panels_type(spec.panel_format, spec.activation)
+    weights, weight_fields = _weights(spec, f"2 * {columns}" if is_paired else columns)
     lines = [
         f"static Product {name}_product(const int64_t* sizes) {{",
         *size_lines(spec),
@@ -48,14 +58,15 @@ def emit_matmul(spec: MatmulSpec, name: str) -> str:
         "}",
         "",
         f"static int64_t {name}_tasks(void* const*, const int64_t* sizes) {{",
-        f"    return num_product_tasks<{panels}>({name}_product(sizes));",
+        f"    return num_product_tasks<{panels}, {weights}>({name}_product(sizes));",
         "}",
         "",
         f"static void {name}(void* const* operands, const int64_t* sizes, int64_t task, Errors&) {{",
         *operand_lines(spec.buffers),
         *size_lines(spec),
+        f"    const {weights} weights{{{weight_fields}}};",
         f"    const auto* left = b0 + {index_text(spec.row_offset)};",
-        f"    run_product_task<{panels}>({name}_product(sizes), task, left, {sums}, b1,",
+        f"    run_product_task<{panels}>({name}_product(sizes), task, left, {sums}, weights,",
         f"        [=](int64_t {spec.row}, int64_t panel, const auto* products) {{",
         f"            const int64_t first_column = panel * {width};",
         f"            const int64_t num_columns = std::min(int64_t({width}), {columns} - first_column);",

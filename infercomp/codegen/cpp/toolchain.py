@@ -7,8 +7,9 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
@@ -46,17 +47,53 @@ def cache_folder(cache_dir: str | None) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "infercomp"
 
 
+_lock = threading.Lock()
+_in_progress: dict[Path, Future[Path]] = {}
+
+
 def build_library(sources: Sequence[str], config: CodegenConfig) -> Path:
     """A shared library of these C++ texts, built unless it is in the cache; each text is one translation unit.
 
     Raises BuildError without a compiler, if the cache cannot be written, or if a text does not compile.
     """
-    flags = (*_COMMON, *INSTRUCTION_SETS[config.instruction_set])
-    key = _key(sources, flags)
+    return start_building(sources, config).result()
+
+
+def start_building(sources: Sequence[str], config: CodegenConfig) -> Future[Path]:
+    """The same beside what the caller goes on to do; whoever asks for a library that is being built waits for it."""
+    flags = _flags(config)
     folder = cache_folder(config.cache_dir)
-    library = folder / f"{key}.so"
+    library = folder / f"{_key(sources, flags)}.so"
+    with _lock:
+        future = _in_progress.get(library)
+        if future is None:
+            future = _in_progress[library] = Future()
+            worker = threading.Thread(target=_fulfil, args=(future, sources, flags, library))
+            worker.start()
+    return future
+
+
+def _fulfil(future: Future[Path], sources: Sequence[str], flags: Sequence[str], library: Path) -> None:
+    try:
+        result = _built(sources, flags, library)
+    except BaseException as error:
+        future.set_exception(error)
+    else:
+        future.set_result(result)
+    finally:
+        # Finished ones are found in the cache, or tried again.
+        with _lock:
+            del _in_progress[library]
+
+
+def _flags(config: CodegenConfig) -> tuple[str, ...]:
+    return (*_COMMON, *INSTRUCTION_SETS[config.instruction_set])
+
+
+def _built(sources: Sequence[str], flags: Sequence[str], library: Path) -> Path:
     if library.exists():
         return library
+    folder, key = library.parent, library.stem
     try:
         folder.mkdir(parents=True, exist_ok=True)
         workplace = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=folder))
@@ -66,9 +103,22 @@ def build_library(sources: Sequence[str], config: CodegenConfig) -> Path:
             remedy="set cache_dir (INFERCOMP_CACHE_DIR) to a folder that can be written",
             field="cache_dir",
         ) from None
-    _build(sources, flags, workplace, library)
+    try:
+        _build(sources, flags, workplace, library)
+    except _Stopped:
+        shutil.rmtree(workplace)
+        raise
     shutil.rmtree(workplace)
     return library
+
+
+class _Stopped(BuildError):
+    """Somebody has ended the compiler, so that there is nothing to look into."""
+
+
+def fingerprint(parts: Sequence[str], config: CodegenConfig) -> str:
+    """A hash of ``parts`` and of all that a build depends on besides its sources."""
+    return _key(parts, _flags(config))
 
 
 def _build(sources: Sequence[str], flags: Sequence[str], workplace: Path, library: Path) -> None:
@@ -90,6 +140,8 @@ def _build(sources: Sequence[str], flags: Sequence[str], workplace: Path, librar
 
 def _run(command: Sequence[str], place: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode < 0:
+        raise _Stopped(f"the C++ compiler was ended by signal {-result.returncode}", remedy="start again")
     if result.returncode:
         first = "\n    ".join(result.stderr.strip().splitlines()[:12])
         raise BuildError(
@@ -101,10 +153,15 @@ def _run(command: Sequence[str], place: Path) -> None:
 
 def _key(sources: Sequence[str], flags: Sequence[str]) -> str:
     digest = hashlib.sha256()
-    for part in (*sources, *flags, _compiler_version(), _support_text(), _processor()):
+    for part in (*map(_without_comments, sources), *flags, _compiler_version(), _support_text(), _processor()):
         digest.update(part.encode())
         digest.update(b"\0")
     return digest.hexdigest()[:24]
+
+
+def _without_comments(source: str) -> str:
+    """Where a kernel came from is told in comments, and does not change it."""
+    return "\n".join(line for line in source.splitlines() if not line.startswith("//"))
 
 
 @lru_cache(maxsize=1)

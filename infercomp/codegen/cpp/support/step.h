@@ -59,8 +59,9 @@ inline bool is_finite(float value) { return (bits_of(value) & 0x7f800000) != 0x7
 
 inline bool is_finite(double value) { return value - value == 0; }
 
-// Memory of the calling thread, valid until its next request; begins at a multiple of 64.
-inline void* scratch(size_t num_bytes) {
+// Memory of the calling thread for one purpose, valid until its next request for it; begins at a multiple of 64.
+template <class Purpose>
+void* scratch(size_t num_bytes) {
     static thread_local std::vector<char> memory;
     if (memory.size() < num_bytes + 64) memory.resize(num_bytes + 64);
     const uintptr_t address = reinterpret_cast<uintptr_t>(memory.data());
