@@ -30,20 +30,24 @@ _WORTHWHILE_LAYERS = 6
 _KEPT_OF_A_KIND = 2
 
 
-def prefetch_kernels(model: torch.nn.Module, config: Config) -> None:
-    """Start to build the kernels that serving ``model`` will probably want, unless they have been built before."""
+def prefetch_kernels(model: torch.nn.Module, config: Config) -> Future[Path] | None:
+    """Start to build the kernels that serving ``model`` will probably want.
+
+    None where they have been built before, and where this would save nothing: few layers, or no kernels.
+    """
     if config.codegen.codegen == "reference" or next(model.parameters()).device.type != "cpu":
-        return
+        return None
     short = _shortened(model)
     if short is None:
-        return
+        return None
     note = cache_folder(config.codegen.cache_dir) / f"{_fingerprint(short, config)}.built"
     if note.exists() and (note.parent / note.read_text()).exists():
-        return
+        return None
     start_executor(config.codegen)
     building = _start(short, config)
     if building is not None:
         building.add_done_callback(lambda done: _write_note(note, done))
+    return building
 
 
 def _start(short: torch.nn.Module, config: Config) -> Future[Path] | None:

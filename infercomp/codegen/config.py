@@ -19,7 +19,7 @@ class CodegenConfig:
     compiler may use. cache_dir: folder of built libraries; None is ``infercomp`` in the user's cache folder.
     """
 
-    codegen: str = "reference"
+    codegen: str = "auto"
     instruction_set: str = "native"
     cache_dir: str | None = field(default=None, metadata={"affects_compilation": False})
 
