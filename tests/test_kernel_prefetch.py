@@ -1,4 +1,4 @@
-"""Kernels guessed from a few layers: the guess is right for models of all kinds of layers, and nothing depends on it."""
+"""Kernels guessed from a few layers: right for models of several kinds of layers, and nothing depends on it."""
 
 from __future__ import annotations
 
