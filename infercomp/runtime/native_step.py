@@ -153,6 +153,10 @@ class _Table:
             torch.get_num_threads(),
             int(is_timed),
         )
+        if num_bad < 0:
+            raise InputError(
+                "a kernel has more tasks than can be counted", remedy="pass fewer rows at a time", field="input"
+            )
         if num_bad:
             raise InputError(
                 f"{num_bad} indices were out of range of the table that they index",

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from ..specs import AttentionSpec, KernelSpec, LoopSpec, MatmulSpec, PagedAttentionSpec
 from .emit_attention import emit_attention, emit_paged_attention
 from .emit_loops import emit_loop
-from .emit_matmul import emit_matmul
+from .emit_matmul import emit_matmul, streams
 
 _HEADERS = {
     LoopSpec: ("math.h",),
@@ -47,9 +47,8 @@ def _unit(kernels: Mapping[str, KernelSpec], origins: Mapping[str, Sequence[str]
         parts += [f"// {line}" for line in origins.get(name, ())]
         parts.append(emit_kernel(spec, name))
     parts += ["}  // namespace infercomp", ""]
-    for name in kernels:
-        parts.append(
-            f'extern "C" const infercomp::Kernel infercomp_kernel_{name} = '
-            f'{{"{name}", infercomp::{name}_tasks, infercomp::{name}}};'
-        )
+    for name, spec in kernels.items():
+        functions = [f"{name}_tasks", name, *([f"{name}_stream"] if streams(spec) else [])]
+        entry = ", ".join([f'"{name}"', *(f"infercomp::{function}" for function in functions)])
+        parts.append(f'extern "C" const infercomp::Kernel infercomp_kernel_{name} = {{{entry}}};')
     return "\n".join([*parts, ""])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..indexing import LoopVariable
-from ..specs import MatmulSpec, Store
+from ..specs import KernelSpec, MatmulSpec, Store
 from ..weight_panels import BF16, F32, INT8, PanelFormat
 from .emit_loops import operand_lines, size_lines
 from .scalar_text import BUFFER_TYPES, Body, index_text, store_text
@@ -76,7 +76,24 @@ def emit_matmul(spec: MatmulSpec, name: str) -> str:
         accumulators[spec.half_distance] = f"products[lane + {HALF_PANEL}]"
     for store in spec.stores:
         lines += _epilogue(store, spec, accumulators)
-    return "\n".join([*lines, "        });", "}", ""])
+    return "\n".join([*lines, "        });", "}", "", *_stream_lines(spec, name, panels)])
+
+
+def _stream_lines(spec: MatmulSpec, name: str, panels: str) -> list[str]:
+    if not streams(spec):
+        return []
+    return [
+        f"static Stream {name}_stream(void* const* operands, const int64_t* sizes, int64_t task) {{",
+        "    const uint8_t* panels = static_cast<const uint8_t*>(operands[1]);",
+        f"    return product_stream<{panels}>({name}_product(sizes), task, panels);",
+        "}",
+        "",
+    ]
+
+
+def streams(spec: KernelSpec) -> bool:
+    """Whether the executor can be told what a task of the kernel will read."""
+    return isinstance(spec, MatmulSpec) and spec.weight_layout == "panels"
 
 
 def _epilogue(store: Store, spec: MatmulSpec, accumulators: dict[int, str]) -> list[str]:

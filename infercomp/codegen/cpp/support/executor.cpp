@@ -1,5 +1,6 @@
 // Runs a table of kernel calls as one parallel region: phases of calls that do not depend on each other, each phase cut
-// into tasks that whichever thread is free takes. A phase ends when its tasks are done, not when every thread has come
+// into tasks. Each thread has a range of neighbouring tasks, whose weights are one sequential stream, and takes from the
+// end of the others' ranges when its own is empty. A phase ends when its tasks are done, not when every thread has come
 // by, so a core that another process takes away holds up at most the one task it had begun.
 #include <chrono>
 #include <condition_variable>
@@ -25,22 +26,81 @@ struct Call {
     std::atomic<int64_t> nanoseconds{0};
 };
 
-// `ticket` holds the step's number above and the next task below, so that a thread that overslept a step cannot take
-// a task of the next one with the last one's phase.
+// Tasks that are left of a thread's part of a phase, with the step's number, so that a thread that overslept a step
+// cannot take a task of the next one with the last one's phase.
+class Range {
+public:
+    void open(uint64_t number, int64_t begin, int64_t end) {
+        state_.store(packed(number, begin, end), std::memory_order_release);
+    }
+
+    void close() { open(CLOSED, 0, 0); }
+
+    bool is_of(uint64_t number) const { return number_of(state_.load(std::memory_order_acquire)) == number; }
+
+    // The first task for the owner, the last for others; -1 where none is left.
+    int64_t take(uint64_t number, bool is_owner) {
+        uint64_t state = state_.load(std::memory_order_acquire);
+        while (true) {
+            const int64_t begin = begin_of(state), end = end_of(state);
+            if (number_of(state) != number || begin >= end) return -1;
+            const uint64_t rest = is_owner ? packed(number, begin + 1, end) : packed(number, begin, end - 1);
+            if (state_.compare_exchange_weak(state, rest, std::memory_order_acq_rel)) return is_owner ? begin : end - 1;
+        }
+    }
+
+    static constexpr int BITS = 22;
+    static constexpr int64_t MAX_TASKS = (int64_t(1) << BITS) - 1;
+    static constexpr uint64_t CLOSED = (uint64_t(1) << (64 - 2 * BITS)) - 1;
+
+private:
+    static uint64_t packed(uint64_t number, int64_t begin, int64_t end) {
+        return number << (2 * BITS) | uint64_t(begin) << BITS | uint64_t(end);
+    }
+    static uint64_t number_of(uint64_t state) { return state >> (2 * BITS); }
+    static int64_t begin_of(uint64_t state) { return int64_t(state >> BITS) & MAX_TASKS; }
+    static int64_t end_of(uint64_t state) { return int64_t(state) & MAX_TASKS; }
+
+    alignas(64) std::atomic<uint64_t> state_{CLOSED << (2 * BITS)};
+};
+
 struct alignas(64) Phase {
-    std::atomic<uint64_t> ticket{0};
+    std::unique_ptr<Range[]> ranges;  // one a thread
+    int64_t num_ranges = 0;
     std::atomic<int64_t> num_done{0};
     int64_t num_tasks = 0;
     int64_t first_call = 0, last_call = 0;
-};
 
-constexpr uint64_t CLOSED = 0xffffffffu;
+    bool is_of(uint64_t number) const { return ranges[0].is_of(number); }
+
+    void close() {
+        for (int64_t i = 0; i < num_ranges; ++i) ranges[i].close();
+    }
+
+    void open(uint64_t number, int64_t tasks) {
+        num_tasks = tasks;
+        num_done.store(0, std::memory_order_relaxed);
+        for (int64_t i = 0; i < num_ranges; ++i) {
+            ranges[i].open(number, tasks * i / num_ranges, tasks * (i + 1) / num_ranges);
+        }
+    }
+
+    // -1 where none is left.
+    int64_t take(uint64_t number, int64_t thread) {
+        for (int64_t distance = 0; distance < num_ranges; ++distance) {
+            const int64_t task = ranges[(thread + distance) % num_ranges].take(number, distance == 0);
+            if (task >= 0) return task;
+        }
+        return -1;
+    }
+};
 
 struct Step {
     std::vector<std::unique_ptr<Call>> calls;
     std::vector<std::unique_ptr<Phase>> phases;
     Errors errors;
     uint64_t number = 0;
+    int num_threads = 0;
     bool is_timed = false;
 };
 
@@ -66,33 +126,71 @@ void run_task(Step& step, Phase& phase, int64_t task) {
 }
 
 // False once the step is over for everybody.
-bool work_on(Step& step, Phase& phase, uint64_t number) {
-    while (true) {
-        uint64_t ticket = phase.ticket.load(std::memory_order_acquire);
-        if (ticket >> 32 != number) return false;
-        const int64_t task = int64_t(ticket & 0xffffffffu);
-        if (task >= phase.num_tasks) return true;
-        if (!phase.ticket.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) continue;
+bool work_on(Step& step, Phase& phase, uint64_t number, int64_t thread) {
+    for (int64_t task; (task = phase.take(number, thread)) >= 0;) {
         run_task(step, phase, task);
         phase.num_done.fetch_add(1, std::memory_order_acq_rel);
     }
+    return phase.is_of(number);
 }
 
-bool wait_for(Phase& phase, uint64_t number) {
+// A thread with nothing to do brings the weights of its next product closer: memory would be idle otherwise.
+class Ahead {
+public:
+    Ahead(const Step& step, int64_t thread) : step_(step), thread_(thread) {}
+
+    // Called again and again while phase `current` is waited for; false if there is nothing to bring.
+    bool bring_some(size_t current) {
+        if (phase_ <= current) look_for_stream(current);
+        for (int line = 0; line < LINES_AT_ONCE && next_ < end_; ++line, next_ += 64) __builtin_prefetch(next_, 0, 2);
+        return next_ < end_;
+    }
+
+private:
+    static constexpr int LINES_AT_ONCE = 4;
+    static constexpr size_t PHASES_AHEAD = 4;
+    // A part of the second-level cache.
+    static constexpr int64_t MAX_BYTES = 1 << 17;
+
+    void look_for_stream(size_t current) {
+        const size_t last = std::min(current + PHASES_AHEAD, step_.phases.size() - 1);
+        next_ = end_ = nullptr;
+        for (phase_ = current + 1; phase_ <= last; ++phase_) {
+            const Phase& phase = *step_.phases[phase_];
+            const Call& call = *step_.calls[phase.first_call];
+            const int64_t task = phase.num_tasks * thread_ / phase.num_ranges;
+            if (call.kernel->stream == nullptr || task >= call.num_tasks) continue;
+            const Stream stream = call.kernel->stream(call.pointers.data(), call.sizes.data(), task);
+            next_ = static_cast<const char*>(stream.start);
+            end_ = next_ + std::min(MAX_BYTES, stream.num_bytes * (call.num_tasks - task));
+            return;
+        }
+    }
+
+    const Step& step_;
+    const int64_t thread_;
+    size_t phase_ = 0;
+    const char* next_ = nullptr;
+    const char* end_ = nullptr;
+};
+
+bool wait_for(Step& step, size_t current, uint64_t number, Ahead& ahead) {
+    const Phase& phase = *step.phases[current];
     for (int64_t spins = 0; phase.num_done.load(std::memory_order_acquire) < phase.num_tasks; ++spins) {
-        if (phase.ticket.load(std::memory_order_acquire) >> 32 != number) return false;
-        if (spins < SPINS_BEFORE_YIELD) {
-            pause();
-        } else {
+        if (!phase.is_of(number)) return false;
+        if (spins >= SPINS_BEFORE_YIELD) {
             std::this_thread::yield();
+        } else if (!ahead.bring_some(current)) {
+            pause();
         }
     }
     return true;
 }
 
-void run_phases(Step& step, uint64_t number) {
-    for (auto& phase : step.phases) {
-        if (!work_on(step, *phase, number) || !wait_for(*phase, number)) return;
+void run_phases(Step& step, uint64_t number, int64_t thread) {
+    Ahead ahead(step, thread);
+    for (size_t i = 0; i < step.phases.size(); ++i) {
+        if (!work_on(step, *step.phases[i], number, thread) || !wait_for(step, i, number, ahead)) return;
     }
 }
 
@@ -110,7 +208,7 @@ public:
             generation_.fetch_add(1, std::memory_order_release);
         }
         if (num_sleeping_.load(std::memory_order_acquire) > 0) wake_.notify_all();
-        run_phases(step, step.number);
+        run_phases(step, step.number, 0);
         // A thread that overslept may still look at this step; nobody waits for it here.
         std::lock_guard<std::mutex> guard(mutex_);
         current_ = nullptr;
@@ -151,7 +249,7 @@ private:
                 number = number_;
                 ++num_inside_;
             }
-            run_phases(*step, number);
+            run_phases(*step, number, index + 1);
             std::lock_guard<std::mutex> guard(mutex_);
             if (--num_inside_ == 0) idle_.notify_all();
         }
@@ -183,6 +281,30 @@ Team& team() {
     // Never destroyed: its threads outlive every static object.
     static Team* instance = new Team();
     return *instance;
+}
+
+void set_num_threads(Step& step, int num_threads) {
+    if (step.num_threads == num_threads) return;
+    // A thread that overslept may still look at the ranges.
+    team().wait_until_idle();
+    step.num_threads = num_threads;
+    for (auto& phase : step.phases) {
+        phase->ranges = std::make_unique<Range[]>(num_threads);
+        phase->num_ranges = num_threads;
+    }
+}
+
+// Tells the calls of a phase where their operands are in this step; returns how many tasks they have together.
+int64_t resolve(Step& step, const Phase& phase, void* const* pointers, const int64_t* sizes) {
+    int64_t num_tasks = 0;
+    for (int64_t position = phase.first_call; position < phase.last_call; ++position) {
+        Call& call = *step.calls[position];
+        for (size_t i = 0; i < call.operands.size(); ++i) call.pointers[i] = pointers[call.operands[i]];
+        for (size_t i = 0; i < call.symbols.size(); ++i) call.sizes[i] = sizes[call.symbols[i]];
+        call.num_tasks = call.kernel->num_tasks(call.pointers.data(), call.sizes.data());
+        num_tasks += call.num_tasks;
+    }
+    return num_tasks;
 }
 
 }  // namespace
@@ -218,31 +340,24 @@ void infercomp_step_add(void* handle, const void* kernel, int64_t phase, const i
     step.phases.back()->last_call = end;
 }
 
-// Returns how many indices were out of range.
+// Returns how many indices were out of range, or -1 where a phase has more tasks than can be counted.
 int64_t infercomp_step_run(void* handle, void* const* pointers, const int64_t* sizes, int num_threads, int is_timed) {
     Step& step = *static_cast<Step*>(handle);
     // Nobody may take a task while the counts change.
-    for (auto& phase : step.phases) phase->ticket.store(CLOSED << 32, std::memory_order_release);
-    step.number = (step.number + 1) % CLOSED;
+    for (auto& phase : step.phases) phase->close();
+    set_num_threads(step, num_threads);
+    step.number = (step.number + 1) % Range::CLOSED;
     step.is_timed = is_timed != 0;
     step.errors.index_out_of_range.store(0);
     for (auto& phase : step.phases) {
-        int64_t num_tasks = 0;
-        for (int64_t position = phase->first_call; position < phase->last_call; ++position) {
-            Call& call = *step.calls[position];
-            for (size_t i = 0; i < call.operands.size(); ++i) call.pointers[i] = pointers[call.operands[i]];
-            for (size_t i = 0; i < call.symbols.size(); ++i) call.sizes[i] = sizes[call.symbols[i]];
-            call.num_tasks = call.kernel->num_tasks(call.pointers.data(), call.sizes.data());
-            num_tasks += call.num_tasks;
-        }
-        phase->num_tasks = num_tasks;
-        phase->num_done.store(0, std::memory_order_relaxed);
-        phase->ticket.store(uint64_t(step.number) << 32, std::memory_order_release);
+        const int64_t num_tasks = resolve(step, *phase, pointers, sizes);
+        if (num_tasks > Range::MAX_TASKS) return -1;
+        phase->open(step.number, num_tasks);
     }
     if (num_threads > 1) {
         team().run(step, num_threads);
     } else {
-        run_phases(step, step.number);
+        run_phases(step, step.number, 0);
     }
     return step.errors.index_out_of_range.load();
 }

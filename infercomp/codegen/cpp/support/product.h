@@ -104,6 +104,14 @@ int64_t num_product_tasks(const Product& p) {
     return divide_up(p.panels, panels_of_task(p)) * divide_up(p.rows, rows_of_block<Format, Weights>(p));
 }
 
+// What a task streams of a packed weight; nothing where its rows are many, as then it computes rather than waits.
+template <class Format>
+Stream product_stream(const Product& p, int64_t task, const uint8_t* panels) {
+    if (p.rows > 4) return {nullptr, 0};
+    const int64_t bytes = Format::panel_bytes(p.reduced);
+    return {panels + task * bytes, bytes};
+}
+
 template <class From, class To>
 const To* prepared_rows(const From* rows, int64_t num_rows, const Product& p, int64_t& row_stride) {
     if constexpr (std::is_same_v<From, To>) {

@@ -68,11 +68,18 @@ void* scratch(size_t num_bytes) {
     return reinterpret_cast<void*>((address + 63) / 64 * 64);
 }
 
-// A kernel: how many independent tasks a call has, and one of them.
+// Memory that a task reads once, from beginning to end, and that no other call writes.
+struct Stream {
+    const void* start;
+    int64_t num_bytes;
+};
+
+// A kernel: how many independent tasks a call has, and one of them. `stream` may be null.
 struct Kernel {
     const char* name;
     int64_t (*num_tasks)(void* const* operands, const int64_t* sizes);
     void (*run)(void* const* operands, const int64_t* sizes, int64_t task, Errors& errors);
+    Stream (*stream)(void* const* operands, const int64_t* sizes, int64_t task);
 };
 
 }  // namespace infercomp
