@@ -95,15 +95,17 @@ class ServedModel:
     def with_pools(self, pools: Mapping[str, torch.Tensor]) -> Callable[[StepInputs], torch.Tensor]:
         """The step over these caches: StepInputs of T tokens -> logits [R, vocabulary]."""
 
+        arguments = [None if name in STEP_INPUT_NAMES else pools[name] for name in self._input_names]
+        varying = [(i, name) for i, name in enumerate(self._input_names) if name in STEP_INPUT_NAMES]
+
         def step(inputs: StepInputs) -> torch.Tensor:
-            arguments = [self._argument(inputs, pools, name) for name in self._input_names]
+            given: list[Any] = arguments.copy()
+            for position, name in varying:
+                given[position] = getattr(inputs, name).to(self.device)
             with torch.inference_mode():
-                return self._bound(*arguments)[0][0]
+                return self._bound(*given)[0][0]
 
         return step
-
-    def _argument(self, inputs: StepInputs, pools: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
-        return getattr(inputs, name).to(self.device) if name in STEP_INPUT_NAMES else pools[name]
 
 
 def _cache_specs(graph: ModelGraph) -> tuple[KvCacheSpec, ...]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from operator import is_
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,10 @@ class NativeStep:
 
     def __call__(self, *inputs: Any) -> list[torch.Tensor]:
         table = self._table
-        if not table.weights or any(inputs[position] is not known for position, known in table.weights):
-            table.weights = [(position, inputs[position]) for position in self.weight_inputs]
-            table.contiguous_weights = table.set_inputs(table.weights)
+        weights = [inputs[position] for position in self.weight_inputs]
+        if len(weights) != len(table.weights) or not all(map(is_, weights, table.weights)):
+            table.weights = weights
+            table.contiguous_weights = table.set_inputs(zip(self.weight_inputs, weights, strict=True))
         # Copies of inputs that were not contiguous live until the step is done.
         contiguous = table.set_inputs([(position, inputs[position]) for position in self._varying_inputs])
         sizes = tuple(inputs[s.position] if s.dim is None else inputs[s.position].shape[s.dim] for s in self.sizes)
@@ -122,7 +124,7 @@ class _Table:
         self._num_inputs = step.num_inputs
         self._pointers = (ctypes.c_void_p * (step.num_inputs + len(step.slot_bytes) + len(step.outputs)))()
         self._num_sizes = len(step.sizes)
-        self.weights: list[tuple[int, torch.Tensor]] = []
+        self.weights: list[Any] = []
         self.contiguous_weights: list[torch.Tensor] = []
         for call in step.calls:
             kernel = ctypes.c_char.in_dll(self._library, f"infercomp_kernel_{call.kernel}")
@@ -136,7 +138,7 @@ class _Table:
                 _INT64(len(call.symbols)),
             )
 
-    def set_inputs(self, inputs: Sequence[tuple[int, Any]]) -> list[torch.Tensor]:
+    def set_inputs(self, inputs: Iterable[tuple[int, Any]]) -> list[torch.Tensor]:
         """Note where inputs lie; returns the tensors that must live until the step is done."""
         tensors = [(position, x.contiguous()) for position, x in inputs if isinstance(x, torch.Tensor)]
         for position, tensor in tensors:

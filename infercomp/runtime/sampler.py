@@ -6,6 +6,7 @@ Order and meaning of the steps are those of Hugging Face's ``TemperatureLogitsWa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -36,17 +37,25 @@ def sample(
     ``-inf`` marks a token that must not be chosen; NaN, ``+inf`` or a row of only ``-inf`` is an error.
     """
     # The largest logit is NaN if any is, +inf if any is, -inf if all are: one number tells a bad row.
-    largest, greedy_token_ids = logits.max(dim=-1)
-    is_usable = torch.isfinite(largest).tolist()
     tokens: list[int | NumericalError] = []
-    for row, greedy_token_id in enumerate(greedy_token_ids.tolist()):
-        if not is_usable[row]:
-            tokens.append(_numerical_error(float(largest[row])))
+    for row, (largest, greedy_token_id) in enumerate(_largest(logits)):
+        if not math.isfinite(largest):
+            tokens.append(_numerical_error(largest))
         elif params[row].temperature == 0:
             tokens.append(greedy_token_id)
         else:
             tokens.append(_draw(warp(logits[row], params[row]), generators[row]))
     return tokens
+
+
+def _largest(logits: torch.Tensor) -> list[tuple[float, int]]:
+    """Each row's largest logit, or NaN if it holds one, and the first place where it is."""
+    if logits.device.type != "cpu":
+        values, places = logits.max(dim=-1)
+        return list(zip(values.tolist(), places.tolist(), strict=True))
+    # torch looks at one element at a time here, NumPy at a register: 20 microseconds a row less.
+    rows = (logits.float() if logits.element_size() < 4 else logits).numpy()
+    return [(float(row[place]), place) for row, place in zip(rows, rows.argmax(-1).tolist(), strict=True)]
 
 
 def warp(row: torch.Tensor, params: SamplingParams) -> torch.Tensor:
