@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 
 from .errors import NumericalError
@@ -53,9 +55,18 @@ def _largest(logits: torch.Tensor) -> list[tuple[float, int]]:
     if logits.device.type != "cpu":
         values, places = logits.max(dim=-1)
         return list(zip(values.tolist(), places.tolist(), strict=True))
-    # torch looks at one element at a time here, NumPy at a register: 20 microseconds a row less.
-    rows = (logits.float() if logits.element_size() < 4 else logits).numpy()
+    rows = _numpy_floats(logits)
     return [(float(row[place]), place) for row, place in zip(rows, rows.argmax(-1).tolist(), strict=True)]
+
+
+def _numpy_floats(logits: torch.Tensor) -> np.ndarray[Any, Any]:
+    """The same numbers for NumPy, which looks at a register at a time where torch looks at one logit.
+
+    torch would also wake its threads, which then spin for a millisecond on the cores that the next step needs.
+    """
+    if logits.dtype == torch.bfloat16:
+        return (logits.view(torch.int16).numpy().astype(np.int32) << 16).view(np.float32)
+    return logits.numpy()  # type: ignore[no-any-return]
 
 
 def warp(row: torch.Tensor, params: SamplingParams) -> torch.Tensor:

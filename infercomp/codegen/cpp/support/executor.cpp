@@ -4,6 +4,7 @@
 // by, so a core that another process takes away holds up at most the one task it had begun.
 #include <chrono>
 #include <condition_variable>
+#include <deque>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -16,12 +17,11 @@
 namespace infercomp {
 namespace {
 
+// A call's operands and sizes are parts of the step's tables, one after the other: a step reads them all once more after
+// its weights have flushed the caches.
 struct Call {
     const Kernel* kernel;
-    std::vector<int64_t> operands;  // positions in the table of base pointers
-    std::vector<int64_t> symbols;   // positions in the table of sizes
-    std::vector<void*> pointers;    // resolved for the step in progress
-    std::vector<int64_t> sizes;
+    int64_t first_operand, first_symbol;
     int64_t num_tasks = 0;
     std::atomic<int64_t> nanoseconds{0};
 };
@@ -77,11 +77,10 @@ struct alignas(64) Phase {
         for (int64_t i = 0; i < num_ranges; ++i) ranges[i].close();
     }
 
-    void open(uint64_t number, int64_t tasks) {
-        num_tasks = tasks;
+    void open(uint64_t number) {
         num_done.store(0, std::memory_order_relaxed);
         for (int64_t i = 0; i < num_ranges; ++i) {
-            ranges[i].open(number, tasks * i / num_ranges, tasks * (i + 1) / num_ranges);
+            ranges[i].open(number, num_tasks * i / num_ranges, num_tasks * (i + 1) / num_ranges);
         }
     }
 
@@ -96,12 +95,19 @@ struct alignas(64) Phase {
 };
 
 struct Step {
-    std::vector<std::unique_ptr<Call>> calls;
-    std::vector<std::unique_ptr<Phase>> phases;
+    std::deque<Call> calls;
+    std::deque<Phase> phases;
+    std::vector<int64_t> operands;  // of all calls: positions in the table of base pointers
+    std::vector<int64_t> symbols;   // of all calls: positions in the table of sizes
+    std::vector<void*> pointers;    // both resolved for the step in progress
+    std::vector<int64_t> sizes;
     Errors errors;
     uint64_t number = 0;
     int num_threads = 0;
     bool is_timed = false;
+
+    void* const* pointers_of(const Call& call) const { return pointers.data() + call.first_operand; }
+    const int64_t* sizes_of(const Call& call) const { return sizes.data() + call.first_symbol; }
 };
 
 inline void pause() {
@@ -115,13 +121,15 @@ int64_t now() {
 }
 
 constexpr int64_t SPINS_BEFORE_YIELD = 300;
+// So long a thread stays ready for the next step: to wake it takes longer than what is done between two steps.
+constexpr int64_t READY_NANOSECONDS = 5'000'000;
 
 void run_task(Step& step, Phase& phase, int64_t task) {
     int64_t position = phase.first_call;
-    while (task >= step.calls[position]->num_tasks) task -= step.calls[position++]->num_tasks;
-    Call& call = *step.calls[position];
+    while (task >= step.calls[position].num_tasks) task -= step.calls[position++].num_tasks;
+    Call& call = step.calls[position];
     const int64_t start = step.is_timed ? now() : 0;
-    call.kernel->run(call.pointers.data(), call.sizes.data(), task, step.errors);
+    call.kernel->run(step.pointers_of(call), step.sizes_of(call), task, step.errors);
     if (step.is_timed) call.nanoseconds.fetch_add(now() - start, std::memory_order_relaxed);
 }
 
@@ -156,11 +164,11 @@ private:
         const size_t last = std::min(current + PHASES_AHEAD, step_.phases.size() - 1);
         next_ = end_ = nullptr;
         for (phase_ = current + 1; phase_ <= last; ++phase_) {
-            const Phase& phase = *step_.phases[phase_];
-            const Call& call = *step_.calls[phase.first_call];
+            const Phase& phase = step_.phases[phase_];
+            const Call& call = step_.calls[phase.first_call];
             const int64_t task = phase.num_tasks * thread_ / phase.num_ranges;
             if (call.kernel->stream == nullptr || task >= call.num_tasks) continue;
-            const Stream stream = call.kernel->stream(call.pointers.data(), call.sizes.data(), task);
+            const Stream stream = call.kernel->stream(step_.pointers_of(call), step_.sizes_of(call), task);
             next_ = static_cast<const char*>(stream.start);
             end_ = next_ + std::min(MAX_BYTES, stream.num_bytes * (call.num_tasks - task));
             return;
@@ -175,7 +183,7 @@ private:
 };
 
 bool wait_for(Step& step, size_t current, uint64_t number, Ahead& ahead) {
-    const Phase& phase = *step.phases[current];
+    const Phase& phase = step.phases[current];
     for (int64_t spins = 0; phase.num_done.load(std::memory_order_acquire) < phase.num_tasks; ++spins) {
         if (!phase.is_of(number)) return false;
         if (spins >= SPINS_BEFORE_YIELD) {
@@ -190,7 +198,7 @@ bool wait_for(Step& step, size_t current, uint64_t number, Ahead& ahead) {
 void run_phases(Step& step, uint64_t number, int64_t thread) {
     Ahead ahead(step, thread);
     for (size_t i = 0; i < step.phases.size(); ++i) {
-        if (!work_on(step, *step.phases[i], number, thread) || !wait_for(step, i, number, ahead)) return;
+        if (!work_on(step, step.phases[i], number, thread) || !wait_for(step, i, number, ahead)) return;
     }
 }
 
@@ -256,9 +264,10 @@ private:
     }
 
     void wait_for_step(uint64_t seen) {
-        for (int64_t spins = 0; spins < 2000; ++spins) {
+        const int64_t end = now() + READY_NANOSECONDS;
+        for (int64_t spins = 0; spins < 2000 || now() < end; ++spins) {
             if (generation_.load(std::memory_order_acquire) != seen) return;
-            pause();
+            spins < 2000 ? pause() : std::this_thread::yield();
         }
         std::unique_lock<std::mutex> guard(mutex_);
         num_sleeping_.fetch_add(1, std::memory_order_acq_rel);
@@ -288,23 +297,24 @@ void set_num_threads(Step& step, int num_threads) {
     // A thread that overslept may still look at the ranges.
     team().wait_until_idle();
     step.num_threads = num_threads;
-    for (auto& phase : step.phases) {
-        phase->ranges = std::make_unique<Range[]>(num_threads);
-        phase->num_ranges = num_threads;
+    for (Phase& phase : step.phases) {
+        phase.ranges = std::make_unique<Range[]>(num_threads);
+        phase.num_ranges = num_threads;
     }
 }
 
-// Tells the calls of a phase where their operands are in this step; returns how many tasks they have together.
-int64_t resolve(Step& step, const Phase& phase, void* const* pointers, const int64_t* sizes) {
-    int64_t num_tasks = 0;
-    for (int64_t position = phase.first_call; position < phase.last_call; ++position) {
-        Call& call = *step.calls[position];
-        for (size_t i = 0; i < call.operands.size(); ++i) call.pointers[i] = pointers[call.operands[i]];
-        for (size_t i = 0; i < call.symbols.size(); ++i) call.sizes[i] = sizes[call.symbols[i]];
-        call.num_tasks = call.kernel->num_tasks(call.pointers.data(), call.sizes.data());
-        num_tasks += call.num_tasks;
+// Finds the operands and sizes of all calls in this step, and how many tasks each has; false if some phase has too many.
+bool resolve(Step& step, void* const* pointers, const int64_t* sizes) {
+    for (size_t i = 0; i < step.operands.size(); ++i) step.pointers[i] = pointers[step.operands[i]];
+    for (size_t i = 0; i < step.symbols.size(); ++i) step.sizes[i] = sizes[step.symbols[i]];
+    for (Call& call : step.calls) call.num_tasks = call.kernel->num_tasks(step.pointers_of(call), step.sizes_of(call));
+    for (Phase& phase : step.phases) {
+        int64_t num_tasks = 0;
+        for (int64_t i = phase.first_call; i < phase.last_call; ++i) num_tasks += step.calls[i].num_tasks;
+        if (num_tasks > Range::MAX_TASKS) return false;
+        phase.num_tasks = num_tasks;
     }
-    return num_tasks;
+    return true;
 }
 
 }  // namespace
@@ -325,35 +335,30 @@ void infercomp_step_delete(void* step) {
 void infercomp_step_add(void* handle, const void* kernel, int64_t phase, const int64_t* operands, int64_t num_operands,
                         const int64_t* symbols, int64_t num_symbols) {
     Step& step = *static_cast<Step*>(handle);
-    auto call = std::make_unique<Call>();
-    call->kernel = static_cast<const Kernel*>(kernel);
-    call->operands.assign(operands, operands + num_operands);
-    call->symbols.assign(symbols, symbols + num_symbols);
-    call->pointers.resize(num_operands);
-    call->sizes.resize(num_symbols);
-    step.calls.push_back(std::move(call));
+    Call& call = step.calls.emplace_back();
+    call.kernel = static_cast<const Kernel*>(kernel);
+    call.first_operand = int64_t(step.operands.size());
+    call.first_symbol = int64_t(step.symbols.size());
+    step.operands.insert(step.operands.end(), operands, operands + num_operands);
+    step.symbols.insert(step.symbols.end(), symbols, symbols + num_symbols);
+    step.pointers.resize(step.operands.size());
+    step.sizes.resize(step.symbols.size());
     const int64_t end = int64_t(step.calls.size());
-    if (int64_t(step.phases.size()) <= phase) {
-        step.phases.push_back(std::make_unique<Phase>());
-        step.phases.back()->first_call = end - 1;
-    }
-    step.phases.back()->last_call = end;
+    if (int64_t(step.phases.size()) <= phase) step.phases.emplace_back().first_call = end - 1;
+    step.phases.back().last_call = end;
 }
 
 // Returns how many indices were out of range, or -1 where a phase has more tasks than can be counted.
 int64_t infercomp_step_run(void* handle, void* const* pointers, const int64_t* sizes, int num_threads, int is_timed) {
     Step& step = *static_cast<Step*>(handle);
     // Nobody may take a task while the counts change.
-    for (auto& phase : step.phases) phase->close();
+    for (Phase& phase : step.phases) phase.close();
     set_num_threads(step, num_threads);
     step.number = (step.number + 1) % Range::CLOSED;
     step.is_timed = is_timed != 0;
     step.errors.index_out_of_range.store(0);
-    for (auto& phase : step.phases) {
-        const int64_t num_tasks = resolve(step, *phase, pointers, sizes);
-        if (num_tasks > Range::MAX_TASKS) return -1;
-        phase->open(step.number, num_tasks);
-    }
+    if (!resolve(step, pointers, sizes)) return -1;
+    for (Phase& phase : step.phases) phase.open(step.number);
     if (num_threads > 1) {
         team().run(step, num_threads);
     } else {
@@ -363,7 +368,7 @@ int64_t infercomp_step_run(void* handle, void* const* pointers, const int64_t* s
 }
 
 int64_t infercomp_step_nanoseconds(void* handle, int64_t call) {
-    return static_cast<Step*>(handle)->calls[call]->nanoseconds.exchange(0);
+    return static_cast<Step*>(handle)->calls[call].nanoseconds.exchange(0);
 }
 
 }  // extern "C"
