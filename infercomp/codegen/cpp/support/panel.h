@@ -42,7 +42,7 @@ constexpr int64_t PREFETCH_BYTES = 2048;
 
 template <int ROWS>
 INFERCOMP_INLINE void prefetch_words(const void* words) {
-    if constexpr (ROWS <= 4) {
+    if constexpr (ROWS <= 11) {
         INFERCOMP_UNROLL
         for (int64_t line = 0; line < PANEL * 4; line += 64) {
             __builtin_prefetch(static_cast<const char*>(words) + PREFETCH_BYTES + line);
