@@ -244,6 +244,7 @@ private:
             rows += 8;
             panel += PANEL;
         }
+        prefetch<ROWS>(panel, Group::BYTES - Group::SCALES_AT);
         native_f32 scales[PANEL_VECTORS];
         Sums<native_f32, ROWS> floats;
         INFERCOMP_UNROLL

@@ -41,13 +41,18 @@ INFERCOMP_INLINE native_f32 to_floats(native_i32 values) { return __builtin_conv
 constexpr int64_t PREFETCH_BYTES = 2048;
 
 template <int ROWS>
-INFERCOMP_INLINE void prefetch_words(const void* words) {
+INFERCOMP_INLINE void prefetch(const void* words, int64_t num_bytes) {
     if constexpr (ROWS <= 11) {
         INFERCOMP_UNROLL
-        for (int64_t line = 0; line < PANEL * 4; line += 64) {
+        for (int64_t line = 0; line < num_bytes; line += 64) {
             __builtin_prefetch(static_cast<const char*>(words) + PREFETCH_BYTES + line);
         }
     }
+}
+
+template <int ROWS>
+INFERCOMP_INLINE void prefetch_words(const void* words) {
+    prefetch<ROWS>(words, PANEL * 4);
 }
 
 template <int ROWS, class Vector, class T>
