@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -64,6 +65,10 @@ class NativeStep:
     weight_inputs: tuple[int, ...]
 
     def __call__(self, *inputs: Any) -> list[torch.Tensor]:
+        with self._table.lock:
+            return self._run(inputs)
+
+    def _run(self, inputs: tuple[Any, ...]) -> list[torch.Tensor]:
         table = self._table
         weights = [inputs[position] for position in self.weight_inputs]
         if len(weights) != len(table.weights) or not all(map(is_, weights, table.weights)):
@@ -74,8 +79,7 @@ class NativeStep:
         sizes = tuple(inputs[s.position] if s.dim is None else inputs[s.position].shape[s.dim] for s in self.sizes)
         offsets, num_bytes, shapes = self._layout(sizes)
         outputs = [torch.empty(shape, dtype=o.dtype) for shape, o in zip(shapes, self.outputs, strict=True)]
-        arena = torch.empty(num_bytes + _ALIGNMENT, dtype=torch.uint8)
-        base = -(-arena.data_ptr() // _ALIGNMENT) * _ALIGNMENT
+        base = table.arena_of(num_bytes)
         table.run([*(base + offset for offset in offsets), *(output.data_ptr() for output in outputs)], sizes)
         del contiguous
         return outputs
@@ -124,6 +128,9 @@ class _Table:
         self._num_inputs = step.num_inputs
         self._pointers = (ctypes.c_void_p * (step.num_inputs + len(step.slot_bytes) + len(step.outputs)))()
         self._num_sizes = len(step.sizes)
+        # Steps of several threads share the table's pointers and its arena: one at a time.
+        self.lock = threading.Lock()
+        self._arena = torch.empty(0, dtype=torch.uint8)
         self.weights: list[Any] = []
         self.contiguous_weights: list[torch.Tensor] = []
         for call in step.calls:
@@ -137,6 +144,12 @@ class _Table:
                 (_INT64 * len(call.symbols))(*call.symbols),
                 _INT64(len(call.symbols)),
             )
+
+    def arena_of(self, num_bytes: int) -> int:
+        """The address of that much memory, kept between steps: new memory costs a fault for each of its pages."""
+        if self._arena.numel() < num_bytes + _ALIGNMENT:
+            self._arena = torch.empty(num_bytes + _ALIGNMENT, dtype=torch.uint8)
+        return -(-self._arena.data_ptr() // _ALIGNMENT) * _ALIGNMENT
 
     def set_inputs(self, inputs: Iterable[tuple[int, Any]]) -> list[torch.Tensor]:
         """Note where inputs lie; returns the tensors that must live until the step is done."""

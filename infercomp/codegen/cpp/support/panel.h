@@ -23,6 +23,8 @@ constexpr int PANEL = 32;
 constexpr int PANEL_VECTORS = PANEL / NATIVE_LANES;
 // Three quarters of the registers hold sums, the others weights and broadcast activations.
 constexpr int ROWS_IN_REGISTERS = NATIVE_REGISTERS * 3 / 4 / PANEL_VECTORS;
+// Rows that lie a multiple of 4 KiB apart share one set of the first-level cache, which has so many ways.
+constexpr int ROWS_OF_ONE_SET = ROWS_IN_REGISTERS < 8 ? ROWS_IN_REGISTERS : 8;
 // Fewer where a square of weights is transposed in registers too.
 constexpr int UNPACKED_ROWS_IN_REGISTERS = PANEL_VECTORS > 2 ? 1 : NATIVE_REGISTERS / 4 / PANEL_VECTORS;
 

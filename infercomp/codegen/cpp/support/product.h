@@ -95,13 +95,18 @@ int64_t rows_of_block(const Product& p) {
     return divide_up(p.rows, std::max<int64_t>(1, divide_up(p.rows, largest)));
 }
 
-// With many rows a task has several panels, so that preparing the rows costs little.
-inline int64_t panels_of_task(const Product& p) { return p.rows >= 96 ? 4 : 1; }
+// With many rows a task has several panels, as many as stay in the second-level cache while tiles of rows pass by.
+template <class Format>
+int64_t panels_of_task(const Product& p) {
+    constexpr int64_t BYTES = 3 << 17;
+    const int64_t bytes = std::max<int64_t>(1, Format::panel_bytes(p.reduced));
+    return p.rows < 96 ? 1 : std::min<int64_t>(4, std::max<int64_t>(1, BYTES / bytes));
+}
 
 template <class Format, class Weights>
 int64_t num_product_tasks(const Product& p) {
     if (p.rows == 0) return 0;
-    return divide_up(p.panels, panels_of_task(p)) * divide_up(p.rows, rows_of_block<Format, Weights>(p));
+    return divide_up(p.panels, panels_of_task<Format>(p)) * divide_up(p.rows, rows_of_block<Format, Weights>(p));
 }
 
 // What a task streams of a packed weight; nothing where its rows are many, as then it computes rather than waits.
@@ -126,14 +131,19 @@ const To* prepared_rows(const From* rows, int64_t num_rows, const Product& p, in
     }
 }
 
-// multiply(row, num_rows, tile) puts the products of those rows of a block into a tile, which goes to the epilogue.
-template <class Multiplied, class Multiply, class Epilogue>
-INFERCOMP_INLINE void run_tiles(int64_t num_rows, int64_t tile_rows, Multiply multiply, Epilogue epilogue) {
-    for (int64_t first = 0; first < num_rows; first += tile_rows) {
-        alignas(64) typename Multiplied::accumulator tile[Multiplied::MAX_ROWS][PANEL];
-        const int rows = int(std::min(num_rows - first, tile_rows));
-        multiply(first, rows, tile);
-        for (int row = 0; row < rows; ++row) epilogue(first + row, tile[row]);
+// The panels of a task where they are packed ahead of time, else put together in memory of the thread.
+template <class Format, class Weights>
+const uint8_t* panels_from(const Weights& weights, int64_t first, int64_t last, int64_t reduced) {
+    const int64_t bytes = Format::panel_bytes(reduced);
+    if constexpr (Weights::ARE_PACKED) {
+        return weights.start + first * bytes;
+    } else {
+        uint8_t* packed = static_cast<uint8_t*>(scratch<Panels>((last - first) * bytes));
+        for (int64_t panel = first; panel < last; ++panel) {
+            uint8_t* words = packed + (panel - first) * bytes;
+            weights.with_panel(panel, reduced, [&](const auto& source) { pack_panel(source, reduced, words); });
+        }
+        return packed;
     }
 }
 
@@ -142,41 +152,39 @@ template <class Format, class Weights, class Epilogue>
 void run_product_task(const Product& p, int64_t task, const typename Format::activation* left, const int32_t* sums,
                       const Weights& weights, Epilogue epilogue) {
     using Multiplied = typename WidenedOf<Format>::type;
-    using Tile = typename Multiplied::accumulator(*)[PANEL];
-    const int64_t panel_groups = divide_up(p.panels, panels_of_task(p)), block = rows_of_block<Format, Weights>(p);
-    const int64_t begin = task / panel_groups * block, num_rows = std::min(p.rows - begin, block);
-    const int64_t first_panel = task % panel_groups * panels_of_task(p);
-    const int64_t last_panel = std::min(p.panels, first_panel + panels_of_task(p));
+    const int64_t panels = panels_of_task<Format>(p), groups = divide_up(p.panels, panels);
+    const int64_t block = rows_of_block<Format, Weights>(p);
+    const int64_t begin = task / groups * block, num_rows = std::min(p.rows - begin, block);
+    const int64_t first_panel = task % groups * panels, last_panel = std::min(p.panels, first_panel + panels);
     int64_t stride = p.row_stride;
     const auto* rows = prepared_rows<typename Format::activation, typename Multiplied::activation>(
         left + begin * stride, num_rows, p, stride);
-    const int64_t tile_rows = divide_up(num_rows, divide_up(num_rows, Multiplied::MAX_ROWS));
-    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-        const auto finish = [&](int64_t row, const auto* products) { epilogue(begin + row, panel, products); };
-        const auto multiply_panel = [&](const void* words) {
-            run_tiles<Multiplied>(num_rows, tile_rows, [&](int64_t first, int count, Tile tile) {
-                const auto* start = rows + first * stride;
-                if constexpr (std::is_same_v<typename Format::activation, int8_t>) {
-                    multiply_rows<Multiplied>(count, start, stride, words, p.reduced, sums + (begin + first) * p.groups, tile);
-                } else {
-                    multiply_rows<Multiplied>(count, start, stride, words, p.reduced, tile);
-                }
-            }, finish);
-        };
-        if constexpr (Weights::ARE_PACKED) {
-            multiply_panel(weights.start + panel * Multiplied::panel_bytes(p.reduced));
-        } else {
-            weights.with_panel(panel, p.reduced, [&](const auto& source) {
-                if (num_rows <= Multiplied::MAX_UNPACKED_ROWS) {
-                    run_tiles<Multiplied>(num_rows, num_rows, [&](int64_t, int count, Tile tile) {
-                        multiply_unpacked_rows<Multiplied>(count, rows, stride, source, p.reduced, tile);
-                    }, finish);
-                } else {
-                    void* words = scratch<Panels>(Multiplied::panel_bytes(p.reduced));
-                    pack_panel(source, p.reduced, words);
-                    multiply_panel(words);
-                }
-            });
+    alignas(64) typename Multiplied::accumulator tile[Multiplied::MAX_ROWS][PANEL];
+    if constexpr (!Weights::ARE_PACKED) {
+        if (num_rows <= Multiplied::MAX_UNPACKED_ROWS) {
+            for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+                weights.with_panel(panel, p.reduced, [&](const auto& source) {
+                    multiply_unpacked_rows<Multiplied>(int(num_rows), rows, stride, source, p.reduced, tile);
+                });
+                for (int64_t row = 0; row < num_rows; ++row) epilogue(begin + row, panel, tile[row]);
+            }
+            return;
+        }
+    }
+    const uint8_t* words = panels_from<Multiplied>(weights, first_panel, last_panel, p.reduced);
+    const int64_t most = stride * int64_t(sizeof(*rows)) % 4096 ? Multiplied::MAX_ROWS : ROWS_OF_ONE_SET;
+    const int64_t tile_rows = divide_up(num_rows, divide_up(num_rows, most));
+    for (int64_t first = 0; first < num_rows; first += tile_rows) {
+        const int count = int(std::min(num_rows - first, tile_rows));
+        for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+            const void* panel_words = words + (panel - first_panel) * Multiplied::panel_bytes(p.reduced);
+            if constexpr (std::is_same_v<typename Format::activation, int8_t>) {
+                const int32_t* tile_sums = sums + (begin + first) * p.groups;
+                multiply_rows<Multiplied>(count, rows + first * stride, stride, panel_words, p.reduced, tile_sums, tile);
+            } else {
+                multiply_rows<Multiplied>(count, rows + first * stride, stride, panel_words, p.reduced, tile);
+            }
+            for (int row = 0; row < count; ++row) epilogue(begin + first + row, panel, tile[row]);
         }
     }
 }
