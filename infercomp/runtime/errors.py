@@ -90,3 +90,7 @@ class NumericalError(InfercompError):
 
 class BuildError(InfercompError):
     """A kernel could not be built: no compiler, a compiler that refuses, or a cache that cannot be written."""
+
+
+class BenchmarkError(InfercompError):
+    """A benchmark could not be run: a peer that is not installed or does not take the model, a worker that failed."""
