@@ -16,9 +16,10 @@ from torch import nn
 from infercomp.codegen.accesses import Access, num_elements
 from infercomp.codegen.costs import Cost, SequenceLengths, cost_of, label_of
 from infercomp.codegen.grouping import Planner
-from infercomp.codegen.indexing import FloorDiv, LoopVariable, floor_div, modulo
-from infercomp.codegen.ops import attention, gated_activation, rms_norm, rotary_embedding, write_kv
-from infercomp.codegen.specs import Buffer, KernelSpec, LoopSpec, MatmulSpec, PagedAttentionSpec
+from infercomp.codegen.indexing import Element, FloorDiv, LoopVariable, floor_div, modulo
+from infercomp.codegen.ops import attention, gated_activation, rms_norm, rotary_embedding
+from infercomp.codegen.scalar import accumulator, load
+from infercomp.codegen.specs import Buffer, KernelSpec, LoopSpec, MatmulSpec, PagedAttentionSpec, Store
 from infercomp.codegen.weight_panels import int4
 from infercomp.passes.config import PassConfig
 from infercomp.passes.pipeline import run_pipeline
@@ -89,20 +90,15 @@ def test_rotary_tables_are_read_once_for_all_heads() -> None:
 
 
 def test_a_cache_write_moves_its_tokens_and_not_the_cache() -> None:
-    key = torch.randn(TOKENS, 2, 8)
-    caches = [torch.zeros(40, 2, 8, 16, 1), torch.zeros(40, 2, 16, 8, 1)]
-
-    def write(key: torch.Tensor, slots: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor) -> None:
-        write_kv(key, key, key_cache, value_cache, slots, tile=1)
-
-    def write_and_go_on(*given: torch.Tensor) -> torch.Tensor:
-        write(*given)
-        return given[0] + 1
-
-    specs = specs_of(write_and_go_on, key, torch.arange(TOKENS), *caches)
-    (spec,) = (spec for spec in specs if len(spec.stores) == 2)  # type: ignore[union-attr]
-    # The key is read, and written as key and as value; a slot for each token.
-    assert cost_of(spec, ()).num_bytes == 3 * key.numel() * 4 + TOKENS * 8
+    row, column = LoopVariable("r", sympy.Integer(2 * TOKENS)), LoopVariable("c", sympy.Integer(8))
+    slot = Element(sympy.Symbol("b1"), floor_div(row, sympy.Integer(2)), sympy.Symbol("int64"), sympy.Integer(640))
+    block, offset = floor_div(slot, sympy.Integer(16)), modulo(slot, sympy.Integer(16))
+    place = 2 * 8 * 16 * block + 8 * 16 * modulo(row, sympy.Integer(2)) + 16 * column + offset
+    buffers = (Buffer("b0", torch.float32), Buffer("b1", torch.int64), Buffer("b2", torch.float32, True))
+    key = load("b0", 8 * row + column, torch.float32)
+    cost = cost_of(LoopSpec(buffers, row, (Store("b2", column, place, key),)), ())
+    # The key is read and written, and a slot read for each token.
+    assert cost.num_bytes == 2 * TOKENS * 2 * 8 * 4 + TOKENS * 8
 
 
 @pytest.mark.parametrize(
@@ -133,21 +129,13 @@ def test_a_gated_linear_has_both_halves_and_its_activation() -> None:
 def test_a_4_bit_linear_reads_values_scales_and_the_sums_of_its_rows() -> None:
     row, column = LoopVariable("r", sympy.Symbol("n0")), LoopVariable("c", sympy.Integer(64))
     buffers = (Buffer("b0", torch.int8), Buffer("b1", torch.uint8), Buffer("b2", torch.int32))
-    spec = MatmulSpec(
-        buffers, int4(32, False), torch.int8, row, 128, sympy.Integer(128), sympy.Integer(0), 16, ()
-    )  # fmt: skip
-    spec = MatmulSpec(**{**vars(spec), "stores": (_store_of_nothing(column),)})
+    stores = (Store("elsewhere", column, sympy.sympify(column), accumulator(sympy.Integer(0), torch.float32)),)
+    stride = sympy.Integer(128)
+    spec = MatmulSpec(buffers, int4(32, False), torch.int8, row, 128, stride, sympy.Integer(0), 16, stores)
     cost = cost_of(spec, (3,))
     # Two panels of four groups: half a byte a weight and a float16 scale an output; rows of bytes; a sum a group.
     assert cost.num_bytes == 2 * 4 * (32 * 32 // 2 + 32 * 2) + 3 * 128 + 3 * 4 * 4
     assert cost.operations["int8"] == 2 * 3 * 128 * 64
-
-
-def _store_of_nothing(column: LoopVariable):  # type: ignore[no-untyped-def]
-    from infercomp.codegen.scalar import accumulator
-    from infercomp.codegen.specs import Store
-
-    return Store("elsewhere", column, sympy.Integer(0) + column, accumulator(sympy.Integer(0), torch.float32))
 
 
 def paged(window: int | None = None) -> PagedAttentionSpec:
