@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from ..runtime.program import MergedWeight, OpExecution, PackedWeightSource, Pro
 from .config import CodegenConfig
 from .grouping import Plan, Planner, is_computed, is_weight_merge
 from .model_graph import ModelGraph, value_of
-from .native import BuiltSegment, build_segments, start_kernels
+from .native import BuiltSegment, GeneratedKernel, build_segments, start_kernels
 from .ops import definition_of
 from .packing import pack
 from .regions import PackedWeight, is_inlined
@@ -40,10 +40,12 @@ def lower(model_graph: ModelGraph, config: CodegenConfig | None = None) -> Progr
     items = schedule(plan, dependencies(model_graph.graph, plan))
     exported = exported_nodes(model_graph.graph, plan)
     segments = [item for item in items if isinstance(item, Segment)]
-    built, texts = build_segments(segments, exported, model_graph.weights, config) if segments else ([], ())
+    built, texts, kernels = (
+        build_segments(segments, exported, model_graph.weights, config) if segments else ([], (), {})
+    )
     remaining = iter(built)
     steps: list[BuiltSegment | fx.Node] = [next(remaining) if isinstance(item, Segment) else item for item in items]
-    return _Driver(model_graph, plan).program(steps, texts)
+    return _Driver(model_graph, plan).program(steps, texts, kernels)
 
 
 def start_building_kernels(model_graph: ModelGraph, config: CodegenConfig) -> Future[Path] | None:
@@ -83,7 +85,12 @@ class _Driver:
         self._packed: dict[PackedWeight, fx.Node] = {}
         self._steps: dict[str, NativeStep] = {}
 
-    def program(self, steps: list[BuiltSegment | fx.Node], kernel_texts: tuple[str, ...]) -> Program:
+    def program(
+        self,
+        steps: list[BuiltSegment | fx.Node],
+        kernel_texts: tuple[str, ...],
+        kernels: Mapping[str, GeneratedKernel],
+    ) -> Program:
         inputs_of_steps = [source for step in steps if isinstance(step, BuiltSegment) for source in step.inputs]
         packed = dict.fromkeys(source for source in inputs_of_steps if isinstance(source, PackedWeight))
         needed = self._needed(steps, [source for source in inputs_of_steps if isinstance(source, fx.Node)])
@@ -119,6 +126,8 @@ class _Driver:
             tuple(_executions(self._model_graph, self._plan)),
             self._model_graph.output_orders,
             kernel_texts,
+            kernels,
+            tuple(self._steps.values()),
         )
 
     def _needed(self, steps: list[BuiltSegment | fx.Node], read: list[fx.Node]) -> list[fx.Node]:

@@ -26,6 +26,14 @@ from .specs import KernelSpec, spec_name, symbols_of
 
 
 @dataclass(frozen=True)
+class GeneratedKernel:
+    """A kernel's spec, and the ops that it was first made from."""
+
+    spec: KernelSpec
+    ops: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class BuiltSegment:
     """A step, the graph nodes or packed weights it takes, and the nodes it returns."""
 
@@ -36,14 +44,17 @@ class BuiltSegment:
 
 def build_segments(
     segments: Sequence[Segment], exported: set[fx.Node], weights: Container[str], config: CodegenConfig
-) -> tuple[list[BuiltSegment], tuple[str, ...]]:
-    """All segments of a program, over one library, and the texts that it was built from."""
+) -> tuple[list[BuiltSegment], tuple[str, ...], dict[str, GeneratedKernel]]:
+    """All segments of a program, over one library, the texts that it was built from, and its kernels by name."""
     names, units = _named_units(segments)
     executor = start_executor(config)
     library = build_library(units, config)
     leaving = exported | _read_by_other_segments(segments)
     assemblies = [_Assembly(segment, leaving, names, weights) for segment in segments]
-    return [assembly.built(library, executor.result()) for assembly in assemblies], tuple(units)
+    kernels: dict[str, GeneratedKernel] = {}
+    for group in (group for segment in segments for group in segment.groups):
+        kernels.setdefault(names[id(group)], GeneratedKernel(group.spec, _ops_of(group)))
+    return [assembly.built(library, executor.result()) for assembly in assemblies], tuple(units), kernels
 
 
 def start_executor(config: CodegenConfig) -> Future[Path]:
@@ -69,11 +80,14 @@ def _named_units(segments: Sequence[Segment]) -> tuple[dict[int, str], list[str]
     return names, emit_units(kernels, origins, os.cpu_count() or 1)
 
 
+def _ops_of(group: Group) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(str(node.target) for node in group.nodes))
+
+
 def _origin(group: Group) -> list[str]:
     """What a kernel was made from: ops, the first layer's nodes, and their lines in the model."""
-    ops = dict.fromkeys(str(node.target) for node in group.nodes)
     lines = dict.fromkeys(line for node in group.nodes if (line := source_line(node)))
-    return [f"ops: {', '.join(ops)}", f"nodes: {', '.join(node.name for node in group.nodes)}", *lines]
+    return [f"ops: {', '.join(_ops_of(group))}", f"nodes: {', '.join(node.name for node in group.nodes)}", *lines]
 
 
 def _read_by_other_segments(segments: Sequence[Segment]) -> set[fx.Node]:

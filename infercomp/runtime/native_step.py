@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import threading
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from operator import is_
@@ -46,6 +48,15 @@ class OutputSpec:
     dtype: torch.dtype
 
 
+@dataclass(frozen=True)
+class StepTiming:
+    """One run of a step: its sizes, its nanoseconds, and those of each call, added over threads."""
+
+    sizes: tuple[int, ...]
+    nanoseconds: int
+    call_nanoseconds: tuple[int, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class NativeStep:
     """Kernels of ``library`` called in phases.
@@ -83,6 +94,16 @@ class NativeStep:
         table.run([*(base + offset for offset in offsets), *(output.data_ptr() for output in outputs)], sizes)
         del contiguous
         return outputs
+
+    @contextlib.contextmanager
+    def timed(self) -> Iterator[list[StepTiming]]:
+        """Every run inside of the block is timed, kernel by kernel; reading clocks costs a little time itself."""
+        timings: list[StepTiming] = []
+        self._table.timings = timings
+        try:
+            yield timings
+        finally:
+            self._table.timings = None
 
     @cached_property
     def _varying_inputs(self) -> tuple[int, ...]:
@@ -133,6 +154,8 @@ class _Table:
         self._arena = torch.empty(0, dtype=torch.uint8)
         self.weights: list[Any] = []
         self.contiguous_weights: list[torch.Tensor] = []
+        self.timings: list[StepTiming] | None = None
+        self._num_calls = len(step.calls)
         for call in step.calls:
             kernel = ctypes.c_char.in_dll(self._library, f"infercomp_kernel_{call.kernel}")
             self._executor.infercomp_step_add(
@@ -158,9 +181,19 @@ class _Table:
             self._pointers[position] = tensor.data_ptr()
         return [tensor for _, tensor in tensors]
 
-    def run(self, rest: Sequence[int], sizes: Sequence[int], is_timed: bool = False) -> None:
+    def run(self, rest: Sequence[int], sizes: tuple[int, ...]) -> None:
         """One step; ``rest`` are the addresses of slots and outputs."""
         self._pointers[self._num_inputs :] = [*rest]
+        if self.timings is None:
+            self._run(sizes, is_timed=False)
+            return
+        start = time.perf_counter_ns()
+        self._run(sizes, is_timed=True)
+        nanoseconds = time.perf_counter_ns() - start
+        calls = tuple(self._nanoseconds(call) for call in range(self._num_calls))
+        self.timings.append(StepTiming(sizes, nanoseconds, calls))
+
+    def _run(self, sizes: tuple[int, ...], is_timed: bool) -> None:
         num_bad = self._executor.infercomp_step_run(
             self._handle,
             self._pointers,
@@ -179,7 +212,7 @@ class _Table:
                 field="input_ids",
             )
 
-    def nanoseconds(self, call: int) -> int:
+    def _nanoseconds(self, call: int) -> int:
         return int(self._executor.infercomp_step_nanoseconds(self._handle, _INT64(call)))
 
     def __del__(self) -> None:

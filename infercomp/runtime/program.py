@@ -8,10 +8,12 @@ the weights exists and a change in place by the user is seen.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from .native_step import NativeStep
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class Program:
     """``function(*weights, *inputs)`` returns the new values of ``mutated_inputs``, then the outputs.
 
     ``output_orders`` says in which order of dimensions, outermost first, the caller expects each output
-    to lie in memory (None: as it comes). ``kernel_texts`` are the translation units of its kernels.
+    to lie in memory (None: as it comes). ``kernel_texts`` are the translation units of its kernels,
+    ``kernels`` what each was generated from, by name (codegen's own type), ``native_steps`` what calls them.
     """
 
     function: Callable[..., Sequence[Any]]
@@ -59,6 +62,8 @@ class Program:
     ops: tuple[OpExecution, ...]
     output_orders: tuple[tuple[int, ...] | None, ...]
     kernel_texts: tuple[str, ...] = ()
+    kernels: Mapping[str, Any] = field(default_factory=dict)
+    native_steps: tuple[NativeStep, ...] = ()
 
     def bind(self, weights: Mapping[str, torch.Tensor]) -> BoundProgram:
         """Fix the weights: ``weights`` holds every source and every weight that is no merge."""
