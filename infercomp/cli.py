@@ -1,4 +1,4 @@
-"""The command line: ``infercomp generate``, ``infercomp explain`` and ``infercomp demo``.
+"""The command line: ``infercomp generate``, ``explain``, ``bench`` and ``demo``.
 
 torch is imported inside of the commands, after their options were checked: ``--help`` and a mistake
 in an option cost no seconds. An `InfercompError` is shown as a panel and ends with exit code 2.
@@ -6,16 +6,17 @@ in an option cost no seconds. An `InfercompError` is shown as a panel and ends w
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
+from infercomp.bench.command import EPILOG as BENCH_EPILOG
+from infercomp.bench.command import bench
 from infercomp.runtime.errors import InfercompError
 from infercomp.runtime.request import SamplingParams
 from infercomp.shell_input import (
@@ -28,15 +29,19 @@ from infercomp.shell_input import (
     resolve_model,
     torch_dtype,
 )
+from infercomp.shell_options import (
+    EXIT_WRONG_ANSWER,
+    DebugOption,
+    DtypeOption,
+    ModelArgument,
+    OptionsOption,
+    errors_shown,
+)
 from infercomp.shell_output import passes_in_words, print_stats, print_stream, show_error, write_atomically
 
 if TYPE_CHECKING:
     from infercomp.llm import LLM
     from infercomp.report import Report
-
-EXIT_WRONG_ANSWER = 1
-EXIT_ERROR = 2
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 DEMO_QUESTION = "What is the capital of France?"
 DEMO_ANSWER_CONTAINS = "Paris"
@@ -55,37 +60,6 @@ app = typer.Typer(
 
 
 _SAMPLING = "Sampling"
-_MODEL = "Model"
-
-ModelArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="A folder with config.json and safetensors, a .gguf file, a hub id, or the word [bold]demo[/].",
-        show_default=False,
-    ),
-]
-OptionsOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--option",
-        "-o",
-        metavar="KEY=VALUE",
-        help="An option of the compiler or the runtime, such as disable=fuse_rope or num_blocks=64. Repeatable.",
-        rich_help_panel=_MODEL,
-    ),
-]
-DtypeOption = Annotated[
-    DtypeName | None,
-    typer.Option(
-        metavar="TYPE",
-        help="Type of the parameters: float32, bfloat16, float16 or float64; the checkpoint's own if not given, "
-        "float32 for a quantised GGUF file.",
-        show_default=False,
-        rich_help_panel=_MODEL,
-    ),
-]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -137,7 +111,7 @@ def generate(
     debug: DebugOption = False,
 ) -> None:
     """Continue a text, or answer a question, printing it as it is generated."""
-    with _errors_shown(debug):
+    with errors_shown(debug):
         text = read_prompt(prompt)
         params = SamplingParams(
             max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop
@@ -182,7 +156,7 @@ def explain(
     debug: DebugOption = False,
 ) -> None:
     """Say what each pass did to the model, why it did no more, and how every op is executed."""
-    with _errors_shown(debug):
+    with errors_shown(debug):
         text = None if prompt is None else read_prompt(prompt)
         options = {"verify": verify, **checked_options(option)}
         if dump is not None:
@@ -204,7 +178,7 @@ def demo(debug: DebugOption = False) -> None:
 
     Ends with exit code 1 if the answer is wrong.
     """
-    with _errors_shown(debug):
+    with errors_shown(debug):
         console = Console()
         source = resolve_model(DEMO_MODEL)
         console.print(f"{Path(source).name} on {os.cpu_count()} CPU cores", style="dim", highlight=False)
@@ -219,6 +193,9 @@ def demo(debug: DebugOption = False) -> None:
         if DEMO_ANSWER_CONTAINS not in timing.text:
             show_error(InfercompError(f"the answer does not contain {DEMO_ANSWER_CONTAINS!r}: {timing.text!r}"))
             raise typer.Exit(EXIT_WRONG_ANSWER)
+
+
+app.command(epilog=BENCH_EPILOG)(bench)
 
 
 def _load_llm(model: str, dtype: DtypeName | None, options: Mapping[str, Any]) -> LLM:
@@ -242,21 +219,6 @@ def _explained(model: str, dtype: DtypeName | None, options: Mapping[str, Any], 
     if text is not None:
         examples = example_inputs(loaded, text, examples)
     return compile_graph(captured, config, examples, serving=True).report
-
-
-@contextlib.contextmanager
-def _errors_shown(debug: bool) -> Iterator[None]:
-    """Turn a mistake of the user into a panel and exit code 2, and an interrupt into exit code 130."""
-    try:
-        yield
-    except InfercompError as error:
-        if debug:
-            Console(stderr=True).print_exception()
-        show_error(error)
-        raise typer.Exit(EXIT_ERROR) from None
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted", style="yellow")
-        raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
 def main() -> None:

@@ -86,6 +86,7 @@ class ServedModel:
     def __init__(self, compiled: Compiled) -> None:
         graph = compiled.model_graph
         self._input_names = compiled.program.input_names
+        self.program = compiled.program
         self._bound = compiled.program.bind(graph.weights)
         self.cache_specs = _cache_specs(graph)
         logits = value_of(graph.output_node().args[0][0])

@@ -92,17 +92,22 @@ def _is_paired(spec: MatmulSpec) -> bool:
 
 def _matmul_cost(spec: MatmulSpec, sizes: Mapping[sympy.Symbol, int]) -> Cost:
     rows, columns = evaluate(spec.row.extent, sizes), evaluate(spec.stores[0].column.extent, sizes)
-    num_panels = -(-columns // (HALF if _is_paired(spec) else PANEL))
+    num_outputs = columns * (2 if _is_paired(spec) else 1)
     num_bytes, num_operations = _stores_cost(spec, sizes)
-    num_bytes += rows * spec.reduced * spec.activation.itemsize + num_panels * spec.panel_format.panel_bytes(
-        spec.reduced
-    )
+    num_bytes += rows * spec.reduced * spec.activation.itemsize + _weight_bytes(spec, columns)
     if spec.activation == torch.int8:
         num_bytes += rows * (spec.reduced // (spec.panel_format.group or spec.reduced)) * _FLOAT_BYTES
-    products = 2 * rows * spec.reduced * columns * (2 if _is_paired(spec) else 1)
     unit = _unit(spec.activation if spec.panel_format == BF16 or spec.activation == torch.int8 else torch.float32)
     operations = {"float32": num_operations}
+    products = 2 * rows * spec.reduced * num_outputs
     return Cost(num_bytes, {**operations, unit: operations.get(unit, 0) + products})
+
+
+def _weight_bytes(spec: MatmulSpec, columns: int) -> int:
+    """Whole panels, or the weight as it lies."""
+    if spec.weight_layout == "panels":
+        return -(-columns // (HALF if _is_paired(spec) else PANEL)) * spec.panel_format.panel_bytes(spec.reduced)
+    return columns * (2 if _is_paired(spec) else 1) * spec.reduced * spec.panel_format.bits // 8
 
 
 def _unit(dtype: torch.dtype) -> str:
