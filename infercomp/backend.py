@@ -21,15 +21,11 @@ from .codegen.model_graph import ModelGraph
 from .compiler import Compiled, lower_graph, rewrite_graph
 from .config import Config, parse_options
 from .report import Report
-from .runtime.errors import CaptureError, ConfigError, InfercompError, UnsupportedError
+from .runtime.errors import CaptureError, ConfigError, FallbackWarning, InfercompError, UnsupportedError
 from .runtime.program import BoundProgram
 
 OnReport = Callable[[Report], None]
 Runner = Callable[..., Sequence[Any]]
-
-
-class FallbackWarning(UserWarning):
-    """Something runs outside of infercomp's own pipeline."""
 
 
 def infercomp(

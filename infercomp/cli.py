@@ -1,4 +1,4 @@
-"""The command line: ``infercomp generate``, ``explain``, ``bench`` and ``demo``.
+"""The command line: ``infercomp generate``, ``explain``, ``dump``, ``bench`` and ``demo``.
 
 torch is imported inside of the commands, after their options were checked: ``--help`` and a mistake
 in an option cost no seconds. An `InfercompError` is shown as a panel and ends with exit code 2.
@@ -17,31 +17,31 @@ from rich.console import Console
 
 from infercomp.bench.command import EPILOG as BENCH_EPILOG
 from infercomp.bench.command import bench
+from infercomp.dump_command import dump_kernels
 from infercomp.runtime.errors import InfercompError
 from infercomp.runtime.request import SamplingParams
-from infercomp.shell_input import (
-    DEMO_MODEL,
-    DtypeName,
-    chat_prompt,
-    checked_options,
-    example_inputs,
-    read_prompt,
-    resolve_model,
-    torch_dtype,
-)
-from infercomp.shell_options import (
+from infercomp.shell_arguments import (
     EXIT_WRONG_ANSWER,
     DebugOption,
     DtypeOption,
     ModelArgument,
     OptionsOption,
     errors_shown,
+    explained,
+)
+from infercomp.shell_input import (
+    DEMO_MODEL,
+    DtypeName,
+    chat_prompt,
+    checked_options,
+    read_prompt,
+    resolve_model,
+    torch_dtype,
 )
 from infercomp.shell_output import passes_in_words, print_stats, print_stream, show_error, write_atomically
 
 if TYPE_CHECKING:
     from infercomp.llm import LLM
-    from infercomp.report import Report
 
 DEMO_QUESTION = "What is the capital of France?"
 DEMO_ANSWER_CONTAINS = "Paris"
@@ -161,7 +161,7 @@ def explain(
         options = {"verify": verify, **checked_options(option)}
         if dump is not None:
             options["dump"] = dump
-        report = _explained(model, dtype, options, text)
+        report = explained(model, dtype, options, text)
         if json_file == "-":
             typer.echo(report.to_json())
             return
@@ -190,11 +190,15 @@ def demo(debug: DebugOption = False) -> None:
         print_stats(timing, console)
         console.print()
         console.print(passes_in_words(llm.report))
+        from infercomp.report import print_kernels
+
+        print_kernels(llm.report, console)
         if DEMO_ANSWER_CONTAINS not in timing.text:
             show_error(InfercompError(f"the answer does not contain {DEMO_ANSWER_CONTAINS!r}: {timing.text!r}"))
             raise typer.Exit(EXIT_WRONG_ANSWER)
 
 
+app.command("dump", epilog="[bold]Example[/]\n\ninfercomp dump demo -o stages")(dump_kernels)
 app.command(epilog=BENCH_EPILOG)(bench)
 
 
@@ -203,22 +207,6 @@ def _load_llm(model: str, dtype: DtypeName | None, options: Mapping[str, Any]) -
     from infercomp.llm import LLM
 
     return LLM(source, dtype=torch_dtype(dtype), **options)
-
-
-def _explained(model: str, dtype: DtypeName | None, options: Mapping[str, Any], text: str | None) -> Report:
-    """The report of the graph that ``LLM`` would serve; no cache is allocated."""
-    source = resolve_model(model)
-    from infercomp.compiler import compile_graph
-    from infercomp.config import parse_options
-    from infercomp.loading.loader import load
-    from infercomp.served_model import capture_for_serving, position_limit
-
-    config = parse_options(options)
-    loaded = load(source, dtype=torch_dtype(dtype))
-    captured, examples = capture_for_serving(loaded.model, position_limit(loaded.model))
-    if text is not None:
-        examples = example_inputs(loaded, text, examples)
-    return compile_graph(captured, config, examples, serving=True).report
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,10 +12,12 @@ from .codegen.lower import lower, uses_kernels
 from .codegen.model_graph import ModelGraph
 from .config import Config
 from .dumps import Dump, open_dump
+from .kernel_files import kernel_files
 from .passes.config import PassConfig
 from .passes.graph_pass import PassRecord
 from .passes.pipeline import run_pipeline
 from .report import Report
+from .runtime.errors import FallbackWarning
 from .runtime.program import Program
 
 _SIGNS_OF_A_TRANSFORMER = frozenset({"recognize_attention", "recognize_norm", "fuse_rope", "recognize_gated_mlp"})
@@ -75,10 +78,12 @@ def rewrite_graph(
 
 def lower_graph(rewritten: Rewritten, config: Config) -> Compiled:
     """The program of a rewritten graph, with the report."""
-    program = lower(rewritten.model_graph, config.codegen)
-    report = Report(rewritten.records, program.ops)
+    program = lower(rewritten.model_graph, config.codegen, strict=config.strict)
+    for fallback in program.fallbacks:
+        warnings.warn(f"infercomp runs definitions in place of kernels: {fallback}", FallbackWarning, stacklevel=2)
+    report = Report(rewritten.records, program.ops, program.fallbacks, 1, program.kernel_uses, program.taken_apart)
     if rewritten.dump is not None:
-        rewritten.dump.write_kernels(program.kernel_texts)
+        rewritten.dump.write_kernels(kernel_files(rewritten.model_graph, config.codegen))
         rewritten.dump.write_report(report)
     return Compiled(program, rewritten.model_graph, report)
 

@@ -54,7 +54,10 @@ class Config:
             raise ConfigError("dump must be the name of a folder or None, not ''", field="dump")
 
     def fingerprint(self) -> str:
-        """SHA-256 of canonical JSON over all fields, save those that say they do not affect compilation."""
+        """SHA-256 of canonical JSON over all fields, save those that say they do not affect compilation.
+
+        A field whose value stands for something else, a folder for its files, says so by ``fingerprint``.
+        """
         canonical = json.dumps(_compilation_fields(self), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -215,5 +218,6 @@ def _compilation_fields(config: Any) -> dict[str, object]:
     for each in dataclasses.fields(config):
         if each.metadata.get("affects_compilation", True):
             value = getattr(config, each.name)
+            value = each.metadata.get("fingerprint", lambda value: value)(value)
             result[each.name] = _compilation_fields(value) if dataclasses.is_dataclass(value) else value
     return result

@@ -1,6 +1,6 @@
 """Dumps: numbered files of the graph, one after every pass that changed it, each of which runs.
 
-    dump/00_captured.py  01_normalize.py  …  weights.safetensors  inputs_00.safetensors  report.json
+    dump/00_captured.py  01_normalize.py  …  weights.safetensors  inputs_00.safetensors  report.json  kernels/
 
 Weights and inputs are held by reference in safetensors files beside the graphs. ``python 04_….py``
 runs the graph and prints its outputs' shapes and checksums, so that two stages can be compared by hand.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,12 @@ from safetensors.torch import save_file
 from torch import fx
 
 from .codegen.model_graph import ModelGraph, source_line
+from .graph_text import argument_text, target_text
 from .report import Report
 from .runtime.errors import ConfigError
 
+KERNELS = "kernels"
+_WRITTEN = ("[0-9][0-9]_*.py", "*.safetensors", f"{KERNELS}/*_*.cpp", f"{KERNELS}/*_*.py", "report.json")
 _opened: dict[str, int] = {}
 
 
@@ -41,8 +44,8 @@ class Dump:
         self._saved_weights: set[str] = set()
         self._num_weight_files = 0
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            for pattern in ("[0-9][0-9]_*.py", "*.safetensors", "kernels_*.cpp", "report.json"):
+            (directory / KERNELS).mkdir(parents=True, exist_ok=True)
+            for pattern in _WRITTEN:
                 for stale in directory.glob(pattern):
                     stale.unlink()
         except OSError as error:
@@ -62,10 +65,10 @@ class Dump:
         text = python_source(model_graph, name, index)
         (self.directory / f"{index:02d}_{name}.py").write_text(text)
 
-    def write_kernels(self, texts: Sequence[str]) -> None:
-        """The generated kernels, each naming the ops, nodes and lines of the model that it came from."""
-        for position, text in enumerate(texts):
-            (self.directory / f"kernels_{position}.cpp").write_text(text)
+    def write_kernels(self, files: Mapping[str, str]) -> None:
+        """The generated kernels: files by name, in the folder ``kernels``."""
+        for name, text in files.items():
+            (self.directory / KERNELS / name).write_text(text)
 
     def write_report(self, report: Report) -> None:
         temporary = self.directory / "report.json.part"
@@ -129,15 +132,15 @@ def _statements(graph: fx.Graph) -> Iterator[str]:
         if node.op == "placeholder":
             continue
         if node.op == "output":
-            yield f"return {_text(tuple(node.args[0]))}"
+            yield f"return {argument_text(tuple(node.args[0]))}"
             continue
         line = source_line(node)
         if line is not None and line != previous:
             yield f"# {line}"
             previous = line
-        operands = [_text(argument) for argument in node.args]
-        operands += [f"{key}={_text(value)}" for key, value in node.kwargs.items()]
-        yield f"{node.name} = {_target(node)}({', '.join(operands)}){_comment(node)}"
+        operands = [argument_text(argument) for argument in node.args]
+        operands += [f"{key}={argument_text(value)}" for key, value in node.kwargs.items()]
+        yield f"{node.name} = {target_text(node)}({', '.join(operands)}){_comment(node)}"
 
 
 def _comment(node: fx.Node) -> str:
@@ -149,29 +152,6 @@ def _comment(node: fx.Node) -> str:
     if "kernel" in node.meta:
         parts.append(f"in the kernel of {node.meta['kernel']}")
     return f"  # {', '.join(parts)}" if parts else ""
-
-
-def _target(node: fx.Node) -> str:
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return f"torch.ops.{target}"
-    module, name = getattr(target, "__module__", ""), getattr(target, "__name__", str(target))
-    return f"operator.{name}" if module == "_operator" else f"{module}.{name}"
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, fx.Node):
-        return value.name
-    if isinstance(value, (list, tuple)):
-        inner = ", ".join(_text(element) for element in value)
-        return f"[{inner}]" if isinstance(value, list) else f"({inner},)" if len(value) == 1 else f"({inner})"
-    if isinstance(value, slice):
-        return f"slice({_text(value.start)}, {_text(value.stop)}, {_text(value.step)})"
-    if isinstance(value, torch.device):
-        return f"torch.device({str(value)!r})"
-    if isinstance(value, float) and value in (float("inf"), float("-inf")):
-        return f"float({str(value)!r})"
-    return repr(value)
 
 
 _TEMPLATE = '''"""Stage {index}, after {name}: a graph of infercomp. Run it: python {index:02d}_{name}.py"""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import groupby
+from typing import Any, TypeVar
 
 from .passes.graph_pass import NearMiss, PassRecord, Site
-from .runtime.program import OpExecution
+from .runtime.program import KernelUse, OpExecution, TakenApart
 
 
 @dataclass(frozen=True)
@@ -17,13 +19,16 @@ class Report:
     """One compilation. ``passes`` in pipeline order; ``ops`` maps an op to how it is executed.
 
     ``fallbacks`` says what ran outside of infercomp's own pipeline and why; ``num_graphs`` counts the
-    graphs behind the report (more than one where Dynamo broke the model into several).
+    graphs behind the report (more than one where Dynamo broke the model into several). ``kernels`` are
+    the generated ones; ``taken_apart`` the fused groups that no kernel takes, with reasons.
     """
 
     passes: tuple[PassRecord, ...] = ()
     executions: tuple[OpExecution, ...] = ()
     fallbacks: tuple[str, ...] = ()
     num_graphs: int = 1
+    kernels: tuple[KernelUse, ...] = ()
+    taken_apart: tuple[TakenApart, ...] = ()
 
     @property
     def ops(self) -> dict[str, str]:
@@ -62,8 +67,26 @@ def merged_report(reports: Sequence[Report]) -> Report:
         passes=tuple(_merged_record(records) for records in by_name.values()),
         executions=tuple(OpExecution(op, how, calls, reason) for (op, how, reason), calls in executions.items()),
         fallbacks=tuple(fallback for report in reports for fallback in report.fallbacks),
-        num_graphs=len(reports),
+        num_graphs=sum(report.num_graphs for report in reports),
+        kernels=_counted([kernel for report in reports for kernel in report.kernels], "calls"),
+        taken_apart=_counted([group for report in reports for group in report.taken_apart], "count"),
     )
+
+
+_Counted = TypeVar("_Counted", KernelUse, TakenApart)
+
+
+def _counted(entries: Sequence[_Counted], field: str) -> tuple[_Counted, ...]:
+    """Entries that differ in the count ``field`` alone as one."""
+    totals: Counter[_Counted] = Counter()
+    for entry in entries:
+        totals[_with(entry, field, 0)] += getattr(entry, field)
+    return tuple(_with(entry, field, total) for entry, total in totals.items())
+
+
+def _with(entry: _Counted, field: str, value: int) -> _Counted:
+    changes: dict[str, Any] = {field: value}
+    return dataclasses.replace(entry, **changes)
 
 
 def _merged_record(records: list[PassRecord]) -> PassRecord:
@@ -97,6 +120,7 @@ def print_report(report: Report, console: Any) -> None:
     for execution in report.executions:
         ops.add_row(execution.op, execution.how, str(execution.calls))
     console.print(ops)
+    print_kernels(report, console)
     for fallback in report.fallbacks:
         console.print(f"fallback: {fallback}")
 
@@ -112,19 +136,49 @@ def _table(title: str, *headings: str) -> Any:
     return table
 
 
-def _print_near_misses(report: Report, console: Any) -> None:
-    from rich import box
-    from rich.table import Table
+def print_kernels(report: Report, console: Any) -> None:
+    """The generated kernels, the calls that have none, and the fused groups that were taken apart, with reasons."""
+    if report.kernels:
+        kernels = _table("kernels", "kernel", "computes", "calls")
+        kernels.columns[1].no_wrap = False
+        for kernel in report.kernels:
+            name = f"{kernel.name} (overridden)" if kernel.is_overridden else kernel.name
+            kernels.add_row(name, _in_words(kernel.ops), str(kernel.calls))
+        console.print(kernels)
+    without = [(e.op, e.how, e.reason, e.calls) for e in report.executions if e.reason is not None]
+    reasons = {reason for _, _, reason, _ in without}
+    if report.kernels or len(reasons) > 1:
+        _print_reasons("calls without a kernel", ("op", "runs as", "why", "calls"), without, console)
+    else:
+        for reason in reasons:
+            console.print(f"no kernels: {reason}", markup=False, highlight=False)
+    apart = [(_in_words(group.ops), group.reason, group.where or "", group.count) for group in report.taken_apart]
+    _print_reasons("groups taken apart", ("group", "why", "where", "times"), apart, console)
 
+
+def _in_words(ops: Sequence[str]) -> str:
+    """Ops without their namespaces, equal neighbours counted."""
+    names = [(op.split(".")[-1], len(list(alike))) for op, alike in groupby(ops)]
+    return ", ".join(name if count == 1 else f"{count} x {name}" for name, count in names)
+
+
+def _print_near_misses(report: Report, console: Any) -> None:
     reasons: dict[tuple[str, str, str], int] = {}
     for record in report.passes:
         for miss in record.near_misses:
             key = (record.name, miss.reason, miss.where or "")
             reasons[key] = reasons.get(key, 0) + 1
-    if not reasons:
+    rows = [(*key, times) for key, times in reasons.items()]
+    _print_reasons("near misses", ("pass", "why it did not match", "where", "times"), rows, console)
+
+
+def _print_reasons(title: str, headings: Sequence[str], rows: Sequence[Sequence[Any]], console: Any) -> None:
+    from rich import box
+    from rich.table import Table
+
+    if not rows:
         return
-    table = Table("pass", "why it did not match", "where", "times", title="near misses", box=box.SIMPLE_HEAD)
-    table.title_justify = "left"
-    for (name, reason, where), times in reasons.items():
-        table.add_row(name, reason, where, str(times))
+    table = Table(*headings, title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    for row in rows:
+        table.add_row(*map(str, row))
     console.print(table)

@@ -19,11 +19,11 @@ from torch import nn
 from torch.nn import functional
 
 from infercomp import ConfigError, InfercompError, UnsupportedError, VerificationError, compiler
-from infercomp.backend import FallbackWarning
 from infercomp.codegen.model_graph import ModelGraph
 from infercomp.codegen.ops import attention
 from infercomp.passes.graph_pass import Pass, PassContext
 from infercomp.passes.pipeline import PIPELINE, run_pipeline
+from infercomp.runtime.errors import FallbackWarning
 
 LLAMA = FAMILIES["llama"]
 

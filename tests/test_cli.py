@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import infercomp
-from infercomp import cli, shell_options
+from infercomp import cli, shell_arguments
 from infercomp.process_stats import peak_memory_bytes, seconds_since_start
 
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
@@ -143,7 +143,7 @@ def test_explain_takes_options_and_prints_json(tiny_model: str) -> None:
 def test_a_mistake_is_a_panel_on_standard_error(
     tiny_model: str, arguments: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
-    out, err = run("generate", tiny_model, *arguments, exit_code=shell_options.EXIT_ERROR)
+    out, err = run("generate", tiny_model, *arguments, exit_code=shell_arguments.EXIT_ERROR)
     assert out == ""
     assert "Traceback" not in err
     flowed = " ".join(err.replace("│", " ").split())
@@ -153,40 +153,40 @@ def test_a_mistake_is_a_panel_on_standard_error(
 
 def test_a_mistake_in_the_options_is_found_before_the_model_is_loaded() -> None:
     _, err = run(
-        "generate", "/no/such/model", "-p", "x", "-o", "disable=fuse_ropes", exit_code=shell_options.EXIT_ERROR
+        "generate", "/no/such/model", "-p", "x", "-o", "disable=fuse_ropes", exit_code=shell_arguments.EXIT_ERROR
     )
     assert "fuse_ropes" in err
 
 
 def test_a_path_without_a_model(tmp_path: Path) -> None:
-    _, err = run("explain", str(tmp_path / "nothing"), exit_code=shell_options.EXIT_ERROR)
+    _, err = run("explain", str(tmp_path / "nothing"), exit_code=shell_arguments.EXIT_ERROR)
     assert "ModelLoadError" in err
-    _, err = run("explain", str(tmp_path), exit_code=shell_options.EXIT_ERROR)
+    _, err = run("explain", str(tmp_path), exit_code=shell_arguments.EXIT_ERROR)
     assert "config.json" in err
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
-    _, err = run("explain", str(tmp_path / "nothing"), "--debug", exit_code=shell_options.EXIT_ERROR)
+    _, err = run("explain", str(tmp_path / "nothing"), "--debug", exit_code=shell_arguments.EXIT_ERROR)
     assert "Traceback" in err
     assert "remedy" in err
 
 
 def test_a_report_that_cannot_be_written_leaves_nothing_behind(tiny_model: str, tmp_path: Path) -> None:
     target = tmp_path / "missing" / "report.json"
-    _, err = run("explain", tiny_model, "--no-verify", "--json", str(target), exit_code=shell_options.EXIT_ERROR)
+    _, err = run("explain", tiny_model, "--no-verify", "--json", str(target), exit_code=shell_arguments.EXIT_ERROR)
     assert "cannot be written" in err
     assert not list(tmp_path.iterdir())
 
 
 def test_chat_without_a_template_is_refused(tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path, chat_template=None)
-    _, err = run("generate", model, "--chat", "-p", "Hi", exit_code=shell_options.EXIT_ERROR)
+    _, err = run("generate", model, "--chat", "-p", "Hi", exit_code=shell_arguments.EXIT_ERROR)
     assert "no chat template" in err
 
 
 def test_demo_fails_on_a_wrong_answer(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("infercomp.demo_model.demo_model_path", lambda: Path(tiny_model))
-    out, err = run("demo", exit_code=shell_options.EXIT_WRONG_ANSWER)
+    out, err = run("demo", exit_code=shell_arguments.EXIT_WRONG_ANSWER)
     assert cli.DEMO_QUESTION in out
     assert "page_attention" in out
     assert "does not contain 'Paris'" in err
@@ -224,7 +224,7 @@ def test_an_interrupt_ends_with_130_and_no_traceback(tmp_path: Path) -> None:
         process.stdout.read(1)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
-    assert process.returncode == shell_options.EXIT_INTERRUPTED
+    assert process.returncode == shell_arguments.EXIT_INTERRUPTED
     assert err.decode().strip() == "interrupted"
 
 

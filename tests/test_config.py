@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,6 +52,7 @@ _OTHER_CHOICES = {
     "codegen": "cpp",
     "instruction_set": "portable",
     "kv_cache_layout": "tiled",
+    "kernel_overrides": str(Path(__file__).parent),
 }
 
 

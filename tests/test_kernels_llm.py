@@ -109,7 +109,7 @@ def test_invariance_notices_a_changed_neighbour(llm: infercomp.LLM) -> None:
 
 def test_a_dump_shows_the_kernels_and_which_calls_share_one(tmp_path: Path) -> None:
     infercomp.LLM(_model(torch.float32), codegen="cpp", dump=str(tmp_path))
-    kernels = "\n".join(path.read_text() for path in sorted(tmp_path.glob("kernels_*.cpp")))
+    kernels = "\n".join(path.read_text() for path in sorted((tmp_path / "kernels").glob("*.cpp")))
     assert "// ops: infercomp.linear.default, infercomp.gated_activation.default" in kernels
     assert "modeling_llama.py" in kernels
     last = sorted(tmp_path.glob("[0-9][0-9]_*.py"))[-1].read_text()

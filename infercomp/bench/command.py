@@ -13,8 +13,7 @@ from rich.console import Console
 
 from infercomp.runtime.config import require_int
 from infercomp.runtime.errors import InfercompError
-from infercomp.shell_input import checked_options, resolve_model
-from infercomp.shell_options import (
+from infercomp.shell_arguments import (
     EXIT_WRONG_ANSWER,
     DebugOption,
     DtypeOption,
@@ -22,6 +21,7 @@ from infercomp.shell_options import (
     OptionsOption,
     errors_shown,
 )
+from infercomp.shell_input import checked_options, resolve_model
 from infercomp.shell_output import show_error, write_atomically
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from ..runtime.config import describe
 from ..runtime.errors import ConfigError
+from .overrides import overrides_digest
 
 BACKENDS = ("reference", "cpp", "auto")
 
@@ -17,16 +18,19 @@ class CodegenConfig:
     codegen: "reference" for the ops' definitions and ATen, "cpp" for generated C++ kernels, "auto" for kernels
     wherever there are some for the device. instruction_set: "native", "avx2" or "portable", what the C++
     compiler may use. cache_dir: folder of built libraries; None is ``infercomp`` in the user's cache folder.
+    kernel_overrides: folder of C++ texts ``<kernel>.cpp`` that replace the generated ones.
     """
 
     codegen: str = "auto"
     instruction_set: str = "native"
     cache_dir: str | None = field(default=None, metadata={"affects_compilation": False})
+    kernel_overrides: str | None = field(default=None, metadata={"fingerprint": overrides_digest})
 
     def __post_init__(self) -> None:
         _require_one_of("codegen", self.codegen, BACKENDS)
-        if self.cache_dir == "":
-            raise ConfigError("cache_dir must be the name of a folder or None, not ''", field="cache_dir")
+        for name in ("cache_dir", "kernel_overrides"):
+            if getattr(self, name) == "":
+                raise ConfigError(f"{name} must be the name of a folder or None, not ''", field=name)
         _require_one_of("instruction_set", self.instruction_set, ("native", "avx2", "portable"))
 
 

@@ -45,7 +45,7 @@ class Plan:
 
     groups: list[Group] = field(default_factory=list)
     refused: dict[fx.Node, str] = field(default_factory=dict)
-    taken_apart: list[str] = field(default_factory=list)
+    taken_apart: list[tuple[tuple[fx.Node, ...], str]] = field(default_factory=list)
 
 
 def is_weight_merge(node: fx.Node) -> bool:
@@ -122,7 +122,7 @@ class Planner:
         if len(parts) == 1:
             plan.refused.update(dict.fromkeys(nodes, reason))
             return
-        plan.taken_apart.append(f"{', '.join(node.name for node in nodes)}: {reason}")
+        plan.taken_apart.append((tuple(nodes), reason))
         for part in parts:
             self._place(part, plan)
 

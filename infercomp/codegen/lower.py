@@ -10,42 +10,58 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 
+from ..runtime.errors import CompilerRefusedError
 from ..runtime.native_step import NativeStep
-from ..runtime.program import MergedWeight, OpExecution, PackedWeightSource, Program
+from ..runtime.program import MergedWeight, PackedWeightSource, Program
+from .accounts import executions, groups_taken_apart, kernel_uses, require_kernels
 from .config import CodegenConfig
 from .grouping import Plan, Planner, is_computed, is_weight_merge
 from .model_graph import ModelGraph, value_of
 from .native import BuiltSegment, GeneratedKernel, build_segments, start_kernels
 from .ops import definition_of
 from .packing import pack
-from .regions import PackedWeight, is_inlined
+from .regions import PackedWeight
 from .segments import Segment, dependencies, exported_nodes, schedule
 
 _NO_KERNELS = 'codegen="reference"'
 
 
-def lower(model_graph: ModelGraph, config: CodegenConfig | None = None) -> Program:
-    """The executable form of a graph; the graph itself is left as it is."""
+def lower(model_graph: ModelGraph, config: CodegenConfig | None = None, *, strict: bool = False) -> Program:
+    """The executable form of a graph; the graph itself is left as it is.
+
+    Where kernels are asked for and the C++ compiler refuses them, definitions run and ``fallbacks`` says why;
+    under ``strict`` that raises CompilerRefusedError, and a call without a kernel raises UnsupportedError.
+    """
     config = config or CodegenConfig()
     plan = _plan(model_graph, config)
+    if strict and config.codegen != "reference":
+        require_kernels(plan)
+    try:
+        return _lowered(model_graph, plan, config)
+    except CompilerRefusedError as error:
+        if strict:
+            raise
+        reason = f"the C++ compiler refused the generated kernels ({error.where})"
+        return replace(_lowered(model_graph, _without_kernels(model_graph, reason), config), fallbacks=(str(error),))
+
+
+def _lowered(model_graph: ModelGraph, plan: Plan, config: CodegenConfig) -> Program:
     items = schedule(plan, dependencies(model_graph.graph, plan))
     exported = exported_nodes(model_graph.graph, plan)
     segments = [item for item in items if isinstance(item, Segment)]
-    built, texts, kernels = (
-        build_segments(segments, exported, model_graph.weights, config) if segments else ([], (), {})
-    )
+    built, kernels = build_segments(segments, exported, model_graph.weights, config) if segments else ([], {})
     remaining = iter(built)
     steps: list[BuiltSegment | fx.Node] = [next(remaining) if isinstance(item, Segment) else item for item in items]
-    return _Driver(model_graph, plan).program(steps, texts, kernels)
+    return replace(_Driver(model_graph, plan).program(steps, kernels), kernel_uses=kernel_uses(plan, config))
 
 
 def start_building_kernels(model_graph: ModelGraph, config: CodegenConfig) -> Future[Path] | None:
@@ -65,8 +81,12 @@ def _plan(model_graph: ModelGraph, config: CodegenConfig) -> Plan:
     if not uses_kernels(model_graph, config):
         device = _device_of(model_graph)
         reason = _NO_KERNELS if config.codegen == "reference" else f"no kernel is generated for {device.type} yet"
-        return Plan(refused={node: reason for node in model_graph.graph.nodes if is_computed(node)})
+        return _without_kernels(model_graph, reason)
     return Planner(model_graph).plan()
+
+
+def _without_kernels(model_graph: ModelGraph, reason: str) -> Plan:
+    return Plan(refused={node: reason for node in model_graph.graph.nodes if is_computed(node)})
 
 
 def _device_of(model_graph: ModelGraph) -> torch.device:
@@ -85,12 +105,7 @@ class _Driver:
         self._packed: dict[PackedWeight, fx.Node] = {}
         self._steps: dict[str, NativeStep] = {}
 
-    def program(
-        self,
-        steps: list[BuiltSegment | fx.Node],
-        kernel_texts: tuple[str, ...],
-        kernels: Mapping[str, GeneratedKernel],
-    ) -> Program:
+    def program(self, steps: list[BuiltSegment | fx.Node], kernels: Mapping[str, GeneratedKernel]) -> Program:
         inputs_of_steps = [source for step in steps if isinstance(step, BuiltSegment) for source in step.inputs]
         packed = dict.fromkeys(source for source in inputs_of_steps if isinstance(source, PackedWeight))
         needed = self._needed(steps, [source for source in inputs_of_steps if isinstance(source, fx.Node)])
@@ -123,11 +138,11 @@ class _Driver:
             merged,
             sources,
             self._model_graph.mutated_inputs,
-            tuple(_executions(self._model_graph, self._plan)),
+            tuple(executions(self._model_graph, self._plan)),
             self._model_graph.output_orders,
-            kernel_texts,
             kernels,
             tuple(self._steps.values()),
+            taken_apart=groups_taken_apart(self._plan),
         )
 
     def _needed(self, steps: list[BuiltSegment | fx.Node], read: list[fx.Node]) -> list[fx.Node]:
@@ -189,26 +204,3 @@ def _source_names(merge: fx.Node) -> tuple[str, ...]:
 
 def _dim(node: fx.Node) -> int:
     return node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)  # type: ignore[return-value]
-
-
-def _executions(model_graph: ModelGraph, plan: Plan) -> Iterator[OpExecution]:
-    """How each op is executed, counted; views are free and not listed with the others."""
-    native = {node for group in plan.groups for node in group.nodes}
-    entries: Counter[tuple[str, str, str | None]] = Counter()
-    for node in model_graph.graph.nodes:
-        if node.op != "call_function":
-            continue
-        if node in native:
-            entries[_op_name(node), "cpp", None] += 1
-        elif node in plan.refused:
-            ours = definition_of(node.target) is not None
-            entries[_op_name(node), "definition" if ours else "aten", plan.refused[node]] += 1
-        elif not is_inlined(node):
-            entries[_op_name(node), "definition" if definition_of(node.target) else "aten", None] += 1
-    for (name, how, reason), calls in sorted(entries.items(), key=str):
-        yield OpExecution(name, how, calls, reason)
-
-
-def _op_name(node: fx.Node) -> str:
-    schema = getattr(node.target, "_schema", None)
-    return schema.name.replace("::", ".") if schema else getattr(node.target, "__name__", str(node.target))

@@ -20,6 +20,7 @@ from .grouping import Group, is_weight_merge
 from .indexing import size_expr
 from .lazy_tensor import Refused
 from .model_graph import source_line, value_of
+from .overrides import check_overrides, read_overrides
 from .regions import PackedWeight, Source
 from .segments import Segment, plan_arena
 from .specs import KernelSpec, spec_name, symbols_of
@@ -44,9 +45,9 @@ class BuiltSegment:
 
 def build_segments(
     segments: Sequence[Segment], exported: set[fx.Node], weights: Container[str], config: CodegenConfig
-) -> tuple[list[BuiltSegment], tuple[str, ...], dict[str, GeneratedKernel]]:
-    """All segments of a program, over one library, the texts that it was built from, and its kernels by name."""
-    names, units = _named_units(segments)
+) -> tuple[list[BuiltSegment], dict[str, GeneratedKernel]]:
+    """All segments of a program, over one library, and its kernels by name."""
+    names, units = _named_units(segments, config)
     executor = start_executor(config)
     library = build_library(units, config)
     leaving = exported | _read_by_other_segments(segments)
@@ -54,7 +55,7 @@ def build_segments(
     kernels: dict[str, GeneratedKernel] = {}
     for group in (group for segment in segments for group in segment.groups):
         kernels.setdefault(names[id(group)], GeneratedKernel(group.spec, _ops_of(group)))
-    return [assembly.built(library, executor.result()) for assembly in assemblies], tuple(units), kernels
+    return [assembly.built(library, executor.result()) for assembly in assemblies], kernels
 
 
 def start_executor(config: CodegenConfig) -> Future[Path]:
@@ -64,11 +65,11 @@ def start_executor(config: CodegenConfig) -> Future[Path]:
 
 def start_kernels(segments: Sequence[Segment], config: CodegenConfig) -> Future[Path]:
     """Start to build the library that ``build_segments`` would wait for."""
-    return start_building(_named_units(segments)[1], config)
+    return start_building(_named_units(segments, config)[1], config)
 
 
-def _named_units(segments: Sequence[Segment]) -> tuple[dict[int, str], list[str]]:
-    """The kernels' names by the identity of their groups, and the C++ texts."""
+def _named_units(segments: Sequence[Segment], config: CodegenConfig) -> tuple[dict[int, str], list[str]]:
+    """The kernels' names by the identity of their groups, and the C++ texts, those of ``kernel_overrides`` alone."""
     kernels: dict[str, KernelSpec] = {}
     origins: dict[str, list[str]] = {}
     names: dict[int, str] = {}
@@ -76,18 +77,32 @@ def _named_units(segments: Sequence[Segment]) -> tuple[dict[int, str], list[str]
         name = spec_name(group.spec)
         kernels.setdefault(name, group.spec)
         names[id(group)] = name
-        origins.setdefault(name, _origin(group))
-    return names, emit_units(kernels, origins, os.cpu_count() or 1)
+        origins.setdefault(name, origin_of(group))
+    overrides = read_overrides(config.kernel_overrides)
+    check_overrides(overrides, kernels, config.kernel_overrides)
+    generated = {name: spec for name, spec in kernels.items() if name not in overrides}
+    return names, [*emit_units(generated, origins, os.cpu_count() or 1), *overrides.values()]
 
 
 def _ops_of(group: Group) -> tuple[str, ...]:
     return tuple(dict.fromkeys(str(node.target) for node in group.nodes))
 
 
-def _origin(group: Group) -> list[str]:
-    """What a kernel was made from: ops, the first layer's nodes, and their lines in the model."""
+def origin_of(group: Group) -> list[str]:
+    """What a kernel was made from: ops, the passes that fused them, the first layer's nodes, and their lines."""
+    passes = dict.fromkeys(name for node in group.nodes for name in node.meta.get("fused_by", ()))
     lines = dict.fromkeys(line for node in group.nodes if (line := source_line(node)))
-    return [f"ops: {', '.join(_ops_of(group))}", f"nodes: {', '.join(node.name for node in group.nodes)}", *lines]
+    return [
+        f"ops: {', '.join(_ops_of(group))}",
+        *([f"fused by: {', '.join(passes)}"] if passes else []),
+        f"nodes: {', '.join(node.name for node in group.nodes)}",
+        f"operands: {', '.join(f'b{i} = {_operand_name(each)}' for i, each in enumerate(group.operands))}",
+        *lines,
+    ]
+
+
+def _operand_name(operand: Source) -> str:
+    return operand.name if isinstance(operand, fx.Node) else f"packed {operand.parts[0].name}"
 
 
 def _read_by_other_segments(segments: Sequence[Segment]) -> set[fx.Node]:

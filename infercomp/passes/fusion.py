@@ -2,7 +2,7 @@
 
 A fusion only marks nodes (``meta["kernel"]``): lowering builds one kernel from nodes of one mark. The
 graph, its values and every rounding stay as they are, so switching a fusion off never changes a result
-by more than the order in which a kernel adds.
+by more than the order in which a kernel adds. ``meta["fused_by"]`` names the passes, for the kernel's header.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def fuse(model_graph: ModelGraph, context: PassContext, producer: fx.Node, consu
         return False
     if context.claim(consumer) is None:
         return False
-    producer.meta["kernel"] = consumer.meta["kernel"] = mark
+    for node in (producer, consumer):
+        node.meta["kernel"] = mark
+        node.meta["fused_by"] = tuple(dict.fromkeys((*node.meta.get("fused_by", ()), context.name)))
     for node in model_graph.graph.nodes if is_part else ():
         if kernel_of(node) == other:
             node.meta["kernel"] = mark

@@ -94,3 +94,11 @@ class BuildError(InfercompError):
 
 class BenchmarkError(InfercompError):
     """A benchmark could not be run: a peer that is not installed or does not take the model, a worker that failed."""
+
+
+class CompilerRefusedError(BuildError):
+    """The C++ compiler refused a generated file, which is kept; ``where`` names it."""
+
+
+class FallbackWarning(UserWarning):
+    """Something runs outside of infercomp's own pipeline, or by definitions in place of kernels."""

@@ -45,12 +45,34 @@ class OpExecution:
 
 
 @dataclass(frozen=True)
+class KernelUse:
+    """A generated kernel: the ops that it computes, how many calls of it the program makes, and whether
+    ``kernel_overrides`` gave its text."""
+
+    name: str
+    ops: tuple[str, ...]
+    calls: int
+    is_overridden: bool = False
+
+
+@dataclass(frozen=True)
+class TakenApart:
+    """A fused group that no kernel takes, and why; its calls were placed one by one. ``count`` groups are alike."""
+
+    ops: tuple[str, ...]
+    reason: str
+    where: str | None
+    count: int = 1
+
+
+@dataclass(frozen=True)
 class Program:
     """``function(*weights, *inputs)`` returns the new values of ``mutated_inputs``, then the outputs.
 
     ``output_orders`` says in which order of dimensions, outermost first, the caller expects each output
-    to lie in memory (None: as it comes). ``kernel_texts`` are the translation units of its kernels,
-    ``kernels`` what each was generated from, by name (codegen's own type), ``native_steps`` what calls them.
+    to lie in memory (None: as it comes). ``kernels`` says what each kernel was generated from, by name
+    (codegen's own type), ``native_steps`` what calls them, ``kernel_uses`` what for and how often, and
+    ``fallbacks`` why kernels that were planned are not used.
     """
 
     function: Callable[..., Sequence[Any]]
@@ -61,9 +83,11 @@ class Program:
     mutated_inputs: tuple[str, ...]
     ops: tuple[OpExecution, ...]
     output_orders: tuple[tuple[int, ...] | None, ...]
-    kernel_texts: tuple[str, ...] = ()
     kernels: Mapping[str, Any] = field(default_factory=dict)
     native_steps: tuple[NativeStep, ...] = ()
+    kernel_uses: tuple[KernelUse, ...] = ()
+    taken_apart: tuple[TakenApart, ...] = ()
+    fallbacks: tuple[str, ...] = ()
 
     def bind(self, weights: Mapping[str, torch.Tensor]) -> BoundProgram:
         """Fix the weights: ``weights`` holds every source and every weight that is no merge."""

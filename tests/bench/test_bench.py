@@ -15,7 +15,7 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from infercomp import cli, shell_options
+from infercomp import cli, shell_arguments
 from infercomp.bench import peers, run, start_worker
 from infercomp.bench.session import Worker
 from infercomp.runtime.errors import BenchmarkError, ModelLoadError
@@ -129,7 +129,7 @@ def test_a_wrong_output_is_no_speed(
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     monkeypatch.setattr(run, "Worker", planted)
     file = tmp_path / "out.json"
-    out, err = bench(model, *SMALL, "--json", str(file), exit_code=shell_options.EXIT_WRONG_ANSWER)
+    out, err = bench(model, *SMALL, "--json", str(file), exit_code=shell_arguments.EXIT_WRONG_ANSWER)
     assert "wrong" in out and "tokens per second" not in out and "ledger" not in out
     assert "outputs of infercomp are not those of the model" in " ".join(re.sub("[│╭╰─╮╯]", " ", err).split())
     assert not file.exists()
@@ -155,7 +155,7 @@ def test_a_mistake_is_found_before_anything_runs(
 ) -> None:
     monkeypatch.setattr(peers, "_missing", _only_real_pythons)
     monkeypatch.setattr(run, "Worker", lambda *given: pytest.fail("a process was started"))
-    _, err = bench(str(tmp_path), *arguments, exit_code=shell_options.EXIT_ERROR)
+    _, err = bench(str(tmp_path), *arguments, exit_code=shell_arguments.EXIT_ERROR)
     flowed = " ".join(re.sub("[│╭╰─╮╯]", " ", err).split())
     for word in words:
         assert word in flowed
@@ -175,7 +175,7 @@ def test_a_package_that_is_there_is_not_missing() -> None:
 
 
 def test_a_model_that_is_none_is_its_own_error(tmp_path: Path) -> None:
-    _, err = bench(str(tmp_path), *SMALL, exit_code=shell_options.EXIT_ERROR)
+    _, err = bench(str(tmp_path), *SMALL, exit_code=shell_arguments.EXIT_ERROR)
     assert "ModelLoadError" in err and "config.json" in err
 
 
@@ -186,7 +186,7 @@ def test_an_interrupt_leaves_no_process_and_no_file(model: str, tmp_path: Path) 
         workers = _wait_for_children(process.pid)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
-    assert process.returncode == shell_options.EXIT_INTERRUPTED
+    assert process.returncode == shell_arguments.EXIT_INTERRUPTED
     assert (out, err.decode().strip()) == (b"", "interrupted")
     assert not [worker for worker in workers if Path(f"/proc/{worker}").exists()]
     assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
-from ...runtime.errors import BuildError
+from ...runtime.errors import BuildError, CompilerRefusedError
 from ..config import CodegenConfig
 
 SUPPORT = Path(__file__).parent / "support"
@@ -144,7 +144,7 @@ def _run(command: Sequence[str], place: Path) -> None:
         raise _Stopped(f"the C++ compiler was ended by signal {-result.returncode}", remedy="start again")
     if result.returncode:
         first = "\n    ".join(result.stderr.strip().splitlines()[:12])
-        raise BuildError(
+        raise CompilerRefusedError(
             f"the C++ compiler refused a generated file:\n    {first}",
             where=str(place),
             remedy='the file is kept; please report it, and use codegen="reference" meanwhile',
