@@ -17,7 +17,7 @@ ifneq ($(VENV_IS_SOUND),yes)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test lint format clean gpu-check
 
 help: ## Show the targets.
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -37,6 +37,12 @@ lint: $(TEST_STAMP) ## Check style, format and types without changing a file.
 format: $(TEST_STAMP) ## Format all files and fix what can be fixed.
 	$(VENV_PYTHON) -m ruff check --fix .
 	$(VENV_PYTHON) -m ruff format .
+
+# A machine with a GPU has its own torch and Triton, and perhaps no network: nothing is installed there.
+GPU_OUTPUT ?= gpu-results
+gpu-check: ## On a machine with a GPU: run its tests, then measure kernels and decoding into GPU_OUTPUT.
+	PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu tests/codegen/triton
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py --output $(GPU_OUTPUT)
 
 clean: ## Delete the environment, the caches and the builds.
 	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""The command line: ``infercomp generate``, ``explain``, ``dump``, ``bench`` and ``demo``.
+"""The command line: ``infercomp generate``, ``explain``, ``dump``, ``build``, ``bench`` and ``demo``.
 
 torch is imported inside of the commands, after their options were checked: ``--help`` and a mistake
 in an option cost no seconds. An `InfercompError` is shown as a panel and ends with exit code 2.
@@ -170,6 +170,38 @@ def explain(
         print_report(report, Console())
         if json_file is not None:
             write_atomically(json_file, report.to_json())
+
+
+@app.command(
+    epilog="""[bold]Example[/]
+
+infercomp build ./my-model --target cuda:90 -o kernels --dtype bfloat16"""
+)
+def build(
+    model: ModelArgument,
+    output: Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="Folder for the kernels.")],
+    target: Annotated[
+        str, typer.Option(metavar="TARGET", help="cuda:80, cuda:90, cuda:100, hip:gfx942 or another that Triton knows.")
+    ] = "cuda:90",
+    dtype: DtypeOption = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", metavar="KEY=VALUE", help="An option of the compiler. Repeatable."),
+    ] = None,
+    debug: DebugOption = False,
+) -> None:
+    """Compile the Triton kernels that would serve a model on a GPU that need not be here."""
+    with errors_shown(debug):
+        options = checked_options(option)
+        source = resolve_model(model)
+        from infercomp.build import build_kernels
+        from infercomp.config import parse_options
+        from infercomp.loading.loader import load
+        from infercomp.shell_output import print_build
+
+        config = parse_options(options)
+        loaded = load(source, dtype=torch_dtype(dtype))
+        print_build(build_kernels(loaded.model, target, Path(output), config), Console())
 
 
 @app.command(epilog="[bold]Example[/]\n\ninfercomp demo")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .codegen.attention_regions import UNIT
-from .codegen.lower import lower, uses_kernels
+from .codegen.lower import kernel_language, lower
 from .codegen.model_graph import ModelGraph
 from .config import Config
 from .dumps import Dump, open_dump
@@ -55,7 +55,7 @@ def _for_kernels(model_graph: ModelGraph, config: Config) -> PassConfig:
     passes = config.passes
     if passes.kv_cache_layout != "auto":
         return passes
-    is_tiled = uses_kernels(model_graph, config.codegen) and config.runtime.block_size % UNIT == 0
+    is_tiled = kernel_language(model_graph, config.codegen) == "cpp" and config.runtime.block_size % UNIT == 0
     return replace(passes, kv_cache_layout="tiled" if is_tiled else "rows")
 
 

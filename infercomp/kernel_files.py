@@ -9,7 +9,7 @@ was made from; ``kernel_overrides`` loads an edited text back into the model.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -20,13 +20,14 @@ from .codegen.config import CodegenConfig
 from .codegen.cpp.emit import emit_units
 from .codegen.grouping import Group, Planner
 from .codegen.indexing import product, size_expr
-from .codegen.lower import uses_kernels
+from .codegen.lower import kernel_language
 from .codegen.model_graph import ModelGraph, source_line, value_of
 from .codegen.native import origin_of
 from .codegen.ops import paged_attention
 from .codegen.packing import HALF_PANEL
 from .codegen.regions import PackedWeight, is_inlined
 from .codegen.specs import AttentionSpec, MatmulSpec, spec_name, symbols_of
+from .codegen.triton.emit_specs import emit_spec
 from .graph_text import argument_text, target_text
 from .kernel_inputs import InputKinds
 
@@ -35,9 +36,12 @@ _STEP_SIZES = {"sequences": 2, "table_width": 8, "blocks": 32, "block_size": 16}
 
 
 def kernel_files(model_graph: ModelGraph, config: CodegenConfig) -> dict[str, str]:
-    """File names and texts, two for every kernel that ``lower`` generates for this graph."""
-    if not uses_kernels(model_graph, config):
+    """File names and texts: two for every C++ kernel that ``lower`` generates for this graph, one for a Triton kernel."""
+    language = kernel_language(model_graph, config)
+    if language is None:
         return {}
+    if language == "triton":
+        return dict(_triton_files(Planner(model_graph, language).plan().groups))
     files: dict[str, str] = {}
     for group in Planner(model_graph).plan().groups:
         name = spec_name(group.spec)
@@ -46,6 +50,13 @@ def kernel_files(model_graph: ModelGraph, config: CodegenConfig) -> dict[str, st
             files[f"{name}.cpp"] = text
             files[f"{name}.py"] = _KernelFile(group, name, model_graph, config).text()
     return files
+
+
+def _triton_files(groups: Sequence[Group]) -> Iterator[tuple[str, str]]:
+    for group in groups:
+        header = "".join(f"# {line}\n" for line in origin_of(group))
+        for launch in emit_spec(group.spec, spec_name(group.spec)).launches:
+            yield f"{launch.name}.py", header + launch.text
 
 
 class _KernelFile:

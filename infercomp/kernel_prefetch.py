@@ -19,6 +19,7 @@ import torch
 from .codegen.cpp.toolchain import cache_folder, fingerprint
 from .codegen.lower import start_building_kernels
 from .codegen.native import start_executor
+from .codegen.target import language_of
 from .compiler import rewrite_graph
 from .config import Config
 from .runtime.errors import InfercompError
@@ -35,7 +36,7 @@ def prefetch_kernels(model: torch.nn.Module, config: Config) -> Future[Path] | N
 
     None where they have been built before, and where this would save nothing: few layers, or no kernels.
     """
-    if config.codegen.codegen == "reference" or next(model.parameters()).device.type != "cpu":
+    if language_of(config.codegen, next(model.parameters()).device) != "cpp":
         return None
     short = _shortened(model)
     if short is None:

@@ -16,7 +16,8 @@ from .passes.config import check_pass_names
 from .passes.pipeline import pass_names
 from .progress import request_progress
 from .report import Report
-from .runtime.engine import Engine
+from .runtime.decode_graphs import CudaCapture
+from .runtime.engine import Engine, StepModel
 from .runtime.errors import InputError, ModelLoadError
 from .runtime.kv_pools import allocate_pools, num_blocks_for
 from .runtime.request import RequestOutput, SamplingParams, checked_prompt
@@ -66,9 +67,8 @@ class LLM:
         self._served = ServedModel(compiled)
         runtime = self.config.runtime
         self.num_blocks = num_blocks_for(self._served.cache_specs, runtime)
-        pools = allocate_pools(self._served.cache_specs, self.num_blocks, runtime.block_size, self._served.device)
         self._engine = Engine(
-            self._served.with_pools(pools),
+            self._step_function(),
             runtime,
             num_blocks=self.num_blocks,
             max_model_len=self.max_model_len,
@@ -78,6 +78,15 @@ class LLM:
         )
         self._num_requests = 0
         self._outputs: dict[str, RequestOutput] = {}
+
+    def _step_function(self) -> StepModel:
+        """The step over this model's caches; one that replays graphs has a spare block for what it pads."""
+        runtime, served = self.config.runtime, self._served
+        has_graphs = runtime.decode_graphs and served.runs_as_graph
+        pools = allocate_pools(served.cache_specs, self.num_blocks + int(has_graphs), runtime.block_size, served.device)
+        if not has_graphs:
+            return served.with_pools(pools)
+        return served.with_graphs(pools, self.num_blocks, runtime, CudaCapture())
 
     @property
     def stats(self) -> Any:

@@ -11,8 +11,11 @@ import torch
 from .capture import capture_export
 from .codegen.model_graph import ModelGraph, value_of
 from .compiler import Compiled
+from .runtime.config import RuntimeConfig
+from .runtime.decode_graphs import Capture, DecodeGraphs
 from .runtime.kv_pools import KvCacheSpec
 from .runtime.step import STEP_INPUT_NAMES, StepInputs
+from .runtime.triton_step import TritonStep
 
 _POSITION_LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
 _CAPTURE_LENGTH = 7
@@ -92,6 +95,31 @@ class ServedModel:
         logits = value_of(graph.output_node().args[0][0])
         self.vocab_size = int(logits.shape[-1])
         self.device = logits.device
+
+    @property
+    def runs_as_graph(self) -> bool:
+        """Whether every call of the step is queued on a GPU: definitions may read values back."""
+        calls = [op for op in self.program.ops if op.op != "infercomp.merge_weights"]
+        is_queued = all(op.how in ("triton", "aten") for op in calls)
+        return self.device.type == "cuda" and is_queued and any(op.how == "triton" for op in calls)
+
+    def with_graphs(
+        self, pools: Mapping[str, torch.Tensor], num_blocks: int, config: RuntimeConfig, capture: Capture
+    ) -> DecodeGraphs:
+        """The step over caches of one block more than ``num_blocks``, decoding by graphs."""
+        return DecodeGraphs(
+            self.with_pools(pools),
+            capture,
+            max_num_sequences=config.max_num_seqs,
+            spare_slot=num_blocks * config.block_size,
+            device=self.device,
+            check=self._check,
+        )
+
+    def _check(self) -> None:
+        for step in self.program.steps:
+            if isinstance(step, TritonStep):
+                step.check()
 
     def with_pools(self, pools: Mapping[str, torch.Tensor]) -> Callable[[StepInputs], torch.Tensor]:
         """The step over these caches: StepInputs of T tokens -> logits [R, vocabulary]."""

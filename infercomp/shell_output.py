@@ -20,6 +20,7 @@ from infercomp.runtime.errors import ConfigError, InfercompError
 from infercomp.runtime.request import SamplingParams
 
 if TYPE_CHECKING:
+    from infercomp.build import Build
     from infercomp.llm import LLM
     from infercomp.report import Report
 
@@ -39,6 +40,24 @@ class Timing:
         """Of the tokens that came after the first piece of text; None if there are none."""
         num_tokens, seconds = self.num_tokens - self.num_tokens_at_first, self.last_seconds - self.first_seconds
         return num_tokens / seconds if num_tokens > 0 and seconds > 0 else None
+
+
+def print_build(build: Build, console: Console) -> None:
+    """One line a kernel, and what runs without one."""
+    table = Table(title=f"kernels for {build.target}", title_justify="left")
+    for heading in ("kernel", "ops"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("registers", "spilled bytes", "shared bytes", "warps"):
+        table.add_column(heading, justify="right")
+    for kernel in build.kernels:
+        ops = ", ".join(op.removeprefix("infercomp.").removesuffix(".default") for op in kernel.ops)
+        numbers = (kernel.registers, kernel.spill_bytes, kernel.shared_bytes, kernel.num_warps)
+        style = "yellow" if kernel.spill_bytes else None
+        table.add_row(kernel.name, ops, *map(str, numbers), style=style)
+    console.print(table)
+    for op, reason in build.elsewhere.items():
+        console.print(f"{op} has no kernel: {reason}", highlight=False)
+    console.print(f"{len(build.kernels)} kernels and manifest.json in {build.folder}", highlight=False)
 
 
 def print_stream(llm: LLM, prompt: Any, params: SamplingParams) -> Timing:

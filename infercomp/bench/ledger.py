@@ -110,7 +110,8 @@ def _recorded(llm: LLM) -> Iterator[_Recording]:
         return logits
 
     with ExitStack() as stack:
-        timings = [(step, stack.enter_context(step.timed())) for step in program.native_steps]
+        steps = [step for step in program.steps if isinstance(step, NativeStep)]
+        timings = [(step, stack.enter_context(step.timed())) for step in steps]
         recording = _Recording(program, calls, timings)
         engine.model = timed_model
         try:

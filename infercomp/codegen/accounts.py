@@ -37,15 +37,15 @@ def require_kernels(plan: Plan) -> None:
     )
 
 
-def executions(model_graph: ModelGraph, plan: Plan) -> Iterator[OpExecution]:
-    """How each op is executed, counted; views are free and not listed with the others."""
+def executions(model_graph: ModelGraph, plan: Plan, language: str) -> Iterator[OpExecution]:
+    """How each op is executed, counted, its kernels being in ``language``; views are free and not listed."""
     native = {node for group in plan.groups for node in group.nodes}
     entries: Counter[tuple[str, str, str | None]] = Counter()
     for node in model_graph.graph.nodes:
         if node.op != "call_function":
             continue
         if node in native:
-            entries[op_name(node), "cpp", None] += 1
+            entries[op_name(node), language, None] += 1
         elif node in plan.refused:
             ours = definition_of(node.target) is not None
             entries[op_name(node), "definition" if ours else "aten", plan.refused[node]] += 1

@@ -8,7 +8,7 @@ import sympy
 import torch
 from torch import fx
 
-from .indexing import LoopVariable, affine, floor_div, modulo, product
+from .indexing import LoopVariable, affine, flatten, floor_div, modulo, product
 from .lazy_tensor import LazyTensor, Refused, Shape
 from .matmul_regions import NotRowMajor
 from .model_graph import value_of
@@ -43,7 +43,7 @@ def _float_row(region: Region, node: fx.Node | None) -> str | None:
     if value_of(node).dtype != torch.float32:
         raise Refused(f"slopes or sinks of {value_of(node).dtype}")
     offset, strides = strided(region, node)
-    if offset != 0 or strides != (1,):
+    if offset != 0 or (strides != (1,) and value_of(node).shape[0] != 1):
         raise NotRowMajor(node)
     return _buffer_of(region, node)
 
@@ -71,8 +71,7 @@ def build_paged_attention(region: Region, nodes: Sequence[fx.Node], results: Seq
     dtype = value_of(node).dtype
     if dtype not in (torch.float32, torch.bfloat16):
         raise Refused(f"no attention kernel for {dtype}")
-    if given["tile"] != tile_of(dtype):
-        raise Refused("the cache is not tiled: block_size must be a multiple of 16")
+    _require_layout(region, given["tile"], tile_of(dtype))
     query = region.tensor(given["query"])
     offset, strides = strided(region, given["query"])
     tokens, num_heads, head_dim = query.shape
@@ -81,15 +80,16 @@ def build_paged_attention(region: Region, nodes: Sequence[fx.Node], results: Seq
         region.source_name(given[name])
     key_cache, value_cache = (region.shape(given[name]) for name in ("key_cache", "value_cache"))
     table = region.shape(given["block_tables"])
+    heads_dim, positions_dim = (1, 3) if given["tile"] else (2, 1)
     slopes, sinks = _float_row(region, given["alibi_slopes"]), _float_row(region, given["sinks"])
     return PagedAttentionSpec(
         buffers_of(region, results),
         tokens,
         table[0],
         table[1],
-        key_cache[3],
+        key_cache[positions_dim],
         _extent(num_heads, "the number of heads"),
-        _extent(key_cache[1], "the number of key heads"),
+        _extent(key_cache[heads_dim], "the number of key heads"),
         _extent(head_dim, "the head size"),
         _extent(value_cache[3], "the head size"),
         offset,
@@ -100,6 +100,13 @@ def build_paged_attention(region: Region, nodes: Sequence[fx.Node], results: Seq
         slopes,
         sinks,
     )
+
+
+def _require_layout(region: Region, tile: int, wanted_tile: int) -> None:
+    if region.language == "triton" and tile:
+        raise Refused("the cache is tiled, which only the C++ kernels read")
+    if region.language == "cpp" and tile != wanted_tile:
+        raise Refused("the cache is not tiled: block_size must be a multiple of 16")
 
 
 def build_attention(region: Region, nodes: Sequence[fx.Node], results: Sequence[fx.Node]) -> AttentionSpec:
@@ -162,11 +169,10 @@ def build_write_kv(region: Region, nodes: Sequence[fx.Node], results: Sequence[f
     if results or node is not nodes[-1]:
         raise Refused("the keys that are written are also read elsewhere")
     tile = given["tile"]
-    if not tile:
-        raise Refused("the cache is not tiled: block_size must be a multiple of 16")
+    _require_layout(region, tile, tile or 1)
     key, value = region.tensor(given["key"]), region.tensor(given["value"])
     row, index = row_variable(key.shape[:-1])
-    block_size = region.shape(given["key_cache"])[3]
+    block_size = region.shape(given["key_cache"])[3 if tile else 1]
     num_slots = product((region.shape(given["key_cache"])[0], block_size))
     slot = as_position(region.tensor(given["slot_mapping"]).at(index[:1]), num_slots)
     stores = (
@@ -190,6 +196,9 @@ def _cache_store(
     is_key: bool,
 ) -> Store:
     column, channel = column_variable(rows.shape[-1])
+    if not tile:
+        place = flatten((slot, index[1], channel), (slot, *rows.shape[1:]))
+        return Store(region.source_name(cache), column, place, rows.at((*index, channel)))
     block, offset = floor_div(slot, block_size), modulo(slot, block_size)
     extent = rows.shape[-1]
     inside = (channel, offset) if is_key else (offset, channel)

@@ -8,17 +8,18 @@ from ..runtime.config import describe
 from ..runtime.errors import ConfigError
 from .overrides import overrides_digest
 
-BACKENDS = ("reference", "cpp", "auto")
+BACKENDS = ("reference", "cpp", "triton", "auto")
 
 
 @dataclass(frozen=True)
 class CodegenConfig:
     """How a graph is executed.
 
-    codegen: "reference" for the ops' definitions and ATen, "cpp" for generated C++ kernels, "auto" for kernels
-    wherever there are some for the device. instruction_set: "native", "avx2" or "portable", what the C++
-    compiler may use. cache_dir: folder of built libraries; None is ``infercomp`` in the user's cache folder.
-    kernel_overrides: folder of C++ texts ``<kernel>.cpp`` that replace the generated ones.
+    codegen: "reference" for the ops' definitions and ATen, "cpp" for generated C++ kernels (CPU), "triton" for
+    generated Triton kernels (CUDA), "auto" for whichever the device runs. instruction_set: "native", "avx2" or
+    "portable", what the C++ compiler may use. cache_dir: folder of built libraries; None is ``infercomp`` in the
+    user's cache folder. kernel_overrides: folder of C++ texts ``<kernel>.cpp`` that replace the
+    generated ones.
     """
 
     codegen: str = "auto"

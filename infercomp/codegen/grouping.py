@@ -21,6 +21,7 @@ from .model_graph import ModelGraph, value_of
 from .ops import attention, merge_weights, paged_attention, write_kv
 from .regions import PackedWeight, Region, Source, build_loop, is_inlined, is_tensor, signature
 from .specs import KernelSpec
+from .triton.emit_specs import emit_spec
 
 
 @dataclass
@@ -73,10 +74,11 @@ class _Built:
 
 
 class Planner:
-    """Plans one graph; equal regions are built once."""
+    """Plans one graph for kernels in "cpp" or "triton"; equal regions are built once."""
 
-    def __init__(self, model_graph: ModelGraph) -> None:
+    def __init__(self, model_graph: ModelGraph, language: str = "cpp") -> None:
         self._model_graph = model_graph
+        self._language = language
         self._nodes = [node for node in model_graph.graph.nodes if is_computed(node)]
         self._order = {node: i for i, node in enumerate(model_graph.graph.nodes)}
         self._built: dict[object, _Built] = {}
@@ -139,9 +141,11 @@ class Planner:
         key, order = signature(nodes, results, self._is_stored)
         built = self._built.get(key)
         if built is None:
-            region = Region(nodes, self._is_stored)
+            region = Region(nodes, self._is_stored, self._language)
             spec = self._build(region, nodes, results)
             self._require_weights(region)
+            if self._language == "triton":
+                emit_spec(spec, "kernel")  # refuses what has no text
             numbers = tuple(_numbered(source, order) for source in region.sources)
             built = self._built[key] = _Built(spec, numbers, region.symbols)
         sources = tuple(_renumbered(number, order) for number in built.source_numbers)

@@ -22,6 +22,7 @@ from torch import fx
 from ..runtime.errors import CompilerRefusedError
 from ..runtime.native_step import NativeStep
 from ..runtime.program import MergedWeight, PackedWeightSource, Program
+from ..runtime.triton_step import TritonStep
 from .accounts import executions, groups_taken_apart, kernel_uses, require_kernels
 from .config import CodegenConfig
 from .grouping import Plan, Planner, is_computed, is_weight_merge
@@ -31,6 +32,7 @@ from .ops import definition_of
 from .packing import pack
 from .regions import PackedWeight
 from .segments import Segment, dependencies, exported_nodes, schedule
+from .target import language_of
 
 _NO_KERNELS = 'codegen="reference"'
 
@@ -58,10 +60,12 @@ def _lowered(model_graph: ModelGraph, plan: Plan, config: CodegenConfig) -> Prog
     items = schedule(plan, dependencies(model_graph.graph, plan))
     exported = exported_nodes(model_graph.graph, plan)
     segments = [item for item in items if isinstance(item, Segment)]
-    built, kernels = build_segments(segments, exported, model_graph.weights, config) if segments else ([], {})
+    language = language_of(config, _device_of(model_graph)) or "cpp"
+    built, kernels = build_segments(segments, exported, model_graph.weights, config, language) if segments else ([], {})
     remaining = iter(built)
     steps: list[BuiltSegment | fx.Node] = [next(remaining) if isinstance(item, Segment) else item for item in items]
-    return replace(_Driver(model_graph, plan).program(steps, kernels), kernel_uses=kernel_uses(plan, config))
+    program = _Driver(model_graph, plan, language).program(steps, kernels)
+    return replace(program, kernel_uses=kernel_uses(plan, config))
 
 
 def start_building_kernels(model_graph: ModelGraph, config: CodegenConfig) -> Future[Path] | None:
@@ -72,17 +76,18 @@ def start_building_kernels(model_graph: ModelGraph, config: CodegenConfig) -> Fu
     return start_kernels(segments, config) if segments else None
 
 
-def uses_kernels(model_graph: ModelGraph, config: CodegenConfig) -> bool:
-    """Whether generated kernels run this graph where they can."""
-    return config.codegen != "reference" and _device_of(model_graph).type == "cpu"
+def kernel_language(model_graph: ModelGraph, config: CodegenConfig) -> str | None:
+    """What the kernels of this graph are written in, "cpp" or "triton"; None where none are generated."""
+    return language_of(config, _device_of(model_graph))
 
 
 def _plan(model_graph: ModelGraph, config: CodegenConfig) -> Plan:
-    if not uses_kernels(model_graph, config):
-        device = _device_of(model_graph)
+    device = _device_of(model_graph)
+    language = language_of(config, device)
+    if language is None:
         reason = _NO_KERNELS if config.codegen == "reference" else f"no kernel is generated for {device.type} yet"
         return _without_kernels(model_graph, reason)
-    return Planner(model_graph).plan()
+    return Planner(model_graph, language).plan()
 
 
 def _without_kernels(model_graph: ModelGraph, reason: str) -> Plan:
@@ -97,13 +102,14 @@ def _device_of(model_graph: ModelGraph) -> torch.device:
 class _Driver:
     """The graph of calls that the program runs: native steps, and ATen ops and views where they are needed."""
 
-    def __init__(self, model_graph: ModelGraph, plan: Plan) -> None:
+    def __init__(self, model_graph: ModelGraph, plan: Plan, language: str) -> None:
         self._model_graph = model_graph
+        self._language = language
         self._plan = plan
         self._graph = fx.Graph()
         self._values: dict[fx.Node, Any] = {}
         self._packed: dict[PackedWeight, fx.Node] = {}
-        self._steps: dict[str, NativeStep] = {}
+        self._steps: dict[str, NativeStep | TritonStep] = {}
 
     def program(self, steps: list[BuiltSegment | fx.Node], kernels: Mapping[str, GeneratedKernel]) -> Program:
         inputs_of_steps = [source for step in steps if isinstance(step, BuiltSegment) for source in step.inputs]
@@ -138,7 +144,7 @@ class _Driver:
             merged,
             sources,
             self._model_graph.mutated_inputs,
-            tuple(executions(self._model_graph, self._plan)),
+            tuple(executions(self._model_graph, self._plan, self._language)),
             self._model_graph.output_orders,
             kernels,
             tuple(self._steps.values()),

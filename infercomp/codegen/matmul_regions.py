@@ -67,27 +67,30 @@ def linear_of(nodes: Sequence[fx.Node]) -> fx.Node | None:
 def build_matmul(region: Region, node: fx.Node, results: Sequence[fx.Node], *, packs_floats: bool) -> MatmulSpec:
     """The product of ``node`` with the group's other calls as its epilogue, storing ``results``.
 
-    Float weights stay where they are unless ``packs_floats``; those of other formats are always packed.
+    C++ kernels read float weights where they are unless ``packs_floats``, and other formats packed; Triton
+    kernels read all weights where they are.
     """
     product = _product(node)
     leading = leading_shape(region, node)
     row, row_index = row_variable(leading)
     reduced = value_of(product.rows).shape[-1]
     stride, offset = _left_operand(region, product.rows, row)
-    weight = _weight(product, packs_floats)
-    assert region.source_name(weight) == "b1"
-    if product.sums is not None:
+    weight = _weight(region, product, packs_floats)
+    for i, operand in enumerate(weight):
+        if region.source_name(operand) != f"b{1 + i}":
+            raise Refused("its weight is also its left operand")
+    if product.sums is not None and isinstance(weight[0], PackedWeight):
         _require_contiguous_sums(region, product.sums, row)
     domain_leading = leading_shape(region, results[-1])
     region.bind(node, _finished(region, product, row_index))
     stores = [store_of(region, result, f"out{i}", domain_leading, row_index) for i, result in enumerate(results)]
     distance = _half_distance([store.value for store in stores], stores[0].column)
-    if isinstance(weight, PackedWeight):
-        region.sources[1] = replace(weight, half_distance=distance)
+    if isinstance(weight[0], PackedWeight):
+        region.sources[1] = replace(weight[0], half_distance=distance)
     return MatmulSpec(
         buffers_of(region, results),
         product.panel_format,
-        _layout(weight, product),
+        _layout(weight[0], product),
         value_of(product.rows).dtype,
         row,
         int(reduced),
@@ -98,14 +101,17 @@ def build_matmul(region: Region, node: fx.Node, results: Sequence[fx.Node], *, p
     )
 
 
-def _weight(product: _Product, packs_floats: bool) -> Source:
-    """What the kernel reads as its weight."""
-    if packs_floats or product.panel_format not in (F32, BF16):
-        return PackedWeight(product.parts, product.panel_format, HALF_PANEL, product.is_transposed)
-    (values,) = product.parts
-    if is_inlined(values):
-        raise Refused(f"its weight {values.name} is a view that is stored nowhere")
-    return values
+def _weight(region: Region, product: _Product, packs_floats: bool) -> tuple[Source, ...]:
+    """What the kernel reads as its weight: panels, or the weight's own tensors."""
+    is_float = product.panel_format in (F32, BF16)
+    if region.language == "cpp" and (packs_floats or not is_float):
+        return (PackedWeight(product.parts, product.panel_format, HALF_PANEL, product.is_transposed),)
+    if product.panel_format.group is not None and product.sums is not None:
+        raise Refused("no Triton kernel multiplies int8 rows with 4-bit weights")
+    for part in product.parts:
+        if is_inlined(part):
+            raise Refused(f"its weight {part.name} is a view that is stored nowhere")
+    return product.parts
 
 
 def _layout(weight: Source, product: _Product) -> WeightLayout:

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from ..runtime.native_step import KernelCall, NativeStep, OutputSpec, SizeSource
+from ..runtime.triton_step import TritonStep
 from .config import CodegenConfig
 from .cpp.emit import emit_units
 from .cpp.toolchain import SUPPORT, build_library, start_building
@@ -24,6 +25,7 @@ from .overrides import check_overrides, read_overrides
 from .regions import PackedWeight, Source
 from .segments import Segment, plan_arena
 from .specs import KernelSpec, spec_name, symbols_of
+from .triton.steps import TritonKernels
 
 
 @dataclass(frozen=True)
@@ -38,24 +40,40 @@ class GeneratedKernel:
 class BuiltSegment:
     """A step, the graph nodes or packed weights it takes, and the nodes it returns."""
 
-    step: NativeStep
+    step: NativeStep | TritonStep
     inputs: tuple[Source, ...]
     outputs: tuple[fx.Node, ...]
 
 
+@dataclass(frozen=True)
+class StepParts:
+    """What a step is made of, whatever its kernels are written in."""
+
+    calls: tuple[KernelCall, ...]
+    sizes: tuple[SizeSource, ...]
+    slot_bytes: tuple[str, ...]
+    outputs: tuple[OutputSpec, ...]
+    num_inputs: int
+    weight_inputs: tuple[int, ...]
+
+
 def build_segments(
-    segments: Sequence[Segment], exported: set[fx.Node], weights: Container[str], config: CodegenConfig
+    segments: Sequence[Segment],
+    exported: set[fx.Node],
+    weights: Container[str],
+    config: CodegenConfig,
+    language: str = "cpp",
 ) -> tuple[list[BuiltSegment], dict[str, GeneratedKernel]]:
-    """All segments of a program, over one library, and its kernels by name."""
-    names, units = _named_units(segments, config)
-    executor = start_executor(config)
-    library = build_library(units, config)
+    """All segments of a program, over one library of C++ kernels or with Triton's, and the kernels by name."""
     leaving = exported | _read_by_other_segments(segments)
-    assemblies = [_Assembly(segment, leaving, names, weights) for segment in segments]
-    kernels: dict[str, GeneratedKernel] = {}
-    for group in (group for segment in segments for group in segment.groups):
-        kernels.setdefault(names[id(group)], GeneratedKernel(group.spec, _ops_of(group)))
-    return [assembly.built(library, executor.result()) for assembly in assemblies], kernels
+    named = _named(segments)
+    assemblies = [_Assembly(segment, leaving, named.names, weights) for segment in segments]
+    if language == "triton":
+        triton_kernels = TritonKernels(named.groups, named.names, named.origins)
+        return [assembly.built_for_triton(triton_kernels) for assembly in assemblies], named.kernels
+    executor = start_executor(config)
+    library = build_library(named.units(config), config)
+    return [assembly.built(library, executor.result()) for assembly in assemblies], named.kernels
 
 
 def start_executor(config: CodegenConfig) -> Future[Path]:
@@ -65,23 +83,34 @@ def start_executor(config: CodegenConfig) -> Future[Path]:
 
 def start_kernels(segments: Sequence[Segment], config: CodegenConfig) -> Future[Path]:
     """Start to build the library that ``build_segments`` would wait for."""
-    return start_building(_named_units(segments, config)[1], config)
+    return start_building(_named(segments).units(config), config)
 
 
-def _named_units(segments: Sequence[Segment], config: CodegenConfig) -> tuple[dict[int, str], list[str]]:
-    """The kernels' names by the identity of their groups, and the C++ texts, those of ``kernel_overrides`` alone."""
-    kernels: dict[str, KernelSpec] = {}
-    origins: dict[str, list[str]] = {}
-    names: dict[int, str] = {}
-    for group in (group for segment in segments for group in segment.groups):
-        name = spec_name(group.spec)
-        kernels.setdefault(name, group.spec)
-        names[id(group)] = name
-        origins.setdefault(name, origin_of(group))
-    overrides = read_overrides(config.kernel_overrides)
-    check_overrides(overrides, kernels, config.kernel_overrides)
-    generated = {name: spec for name, spec in kernels.items() if name not in overrides}
-    return names, [*emit_units(generated, origins, os.cpu_count() or 1), *overrides.values()]
+@dataclass(frozen=True)
+class _Named:
+    """The groups of a program, their kernels' names by the identity of a group, and what each name stands for."""
+
+    groups: list[Group]
+    names: dict[int, str]
+    kernels: dict[str, GeneratedKernel]
+    origins: dict[str, list[str]]
+
+    def units(self, config: CodegenConfig) -> list[str]:
+        """The C++ texts, those of ``kernel_overrides`` alone."""
+        overrides = read_overrides(config.kernel_overrides)
+        specs = {name: kernel.spec for name, kernel in self.kernels.items()}
+        check_overrides(overrides, specs, config.kernel_overrides)
+        generated = {name: spec for name, spec in specs.items() if name not in overrides}
+        return [*emit_units(generated, self.origins, os.cpu_count() or 1), *overrides.values()]
+
+
+def _named(segments: Sequence[Segment]) -> _Named:
+    named = _Named([group for segment in segments for group in segment.groups], {}, {}, {})
+    for group in named.groups:
+        name = named.names[id(group)] = spec_name(group.spec)
+        named.kernels.setdefault(name, GeneratedKernel(group.spec, _ops_of(group)))
+        named.origins.setdefault(name, origin_of(group))
+    return named
 
 
 def _ops_of(group: Group) -> tuple[str, ...]:
@@ -134,6 +163,24 @@ class _Assembly:
         self._sizes: list[SizeSource] = []
 
     def built(self, library: object, executor: object) -> BuiltSegment:
+        parts = self._parts()
+        step = NativeStep(
+            library,  # type: ignore[arg-type]
+            executor,  # type: ignore[arg-type]
+            parts.calls,
+            parts.sizes,
+            parts.slot_bytes,
+            parts.outputs,
+            parts.num_inputs,
+            parts.weight_inputs,
+        )
+        return BuiltSegment(step, tuple(self._inputs), self._outputs)
+
+    def built_for_triton(self, kernels: TritonKernels) -> BuiltSegment:
+        step = kernels.step(self._parts(), self._segment.groups)
+        return BuiltSegment(step, tuple(self._inputs), self._outputs)
+
+    def _parts(self) -> StepParts:
         phases = [(group, self._segment.phases[id(group)]) for group in self._segment.groups]
         self._find_sizes()
         calls = tuple(
@@ -151,8 +198,7 @@ class _Assembly:
         )
         slots = tuple(self._text(slot.num_bytes) for slot in self._slots)
         weights = tuple(i for i, source in enumerate(self._inputs) if self._is_weight(source))
-        step = NativeStep(library, executor, calls, tuple(self._sizes), slots, outputs, len(self._inputs), weights)  # type: ignore[arg-type]
-        return BuiltSegment(step, tuple(self._inputs), self._outputs)
+        return StepParts(calls, tuple(self._sizes), slots, outputs, len(self._inputs), weights)
 
     def _is_weight(self, source: Source) -> bool:
         return isinstance(source, PackedWeight) or is_weight_merge(source) or source.name in self._weights

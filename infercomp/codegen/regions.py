@@ -62,10 +62,15 @@ def named_arguments(node: fx.Node) -> dict[str, Any]:
 
 
 class Region:
-    """One group of nodes, evaluated lazily; ``sources`` are the buffers it reads, in order of discovery."""
+    """One group of nodes, evaluated lazily; ``sources`` are the buffers it reads, in order of discovery.
 
-    def __init__(self, nodes: Sequence[fx.Node], is_stored: Callable[[fx.Node], bool]) -> None:
+    ``language``, "cpp" or "triton", is what its kernel will be written in: the two read weights and caches
+    in layouts of their own.
+    """
+
+    def __init__(self, nodes: Sequence[fx.Node], is_stored: Callable[[fx.Node], bool], language: str = "cpp") -> None:
         self.nodes = tuple(nodes)
+        self.language = language
         self.sources: list[Source] = []
         self._sizes: dict[sympy.Symbol, sympy.Symbol] = {}
         self._tensors: dict[fx.Node, LazyTensor] = {}

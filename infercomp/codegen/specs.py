@@ -54,10 +54,11 @@ class MatmulSpec:
     """rows [M, K] times a weight, then the stores for every row and column.
 
     Row m of the left operand ``b0`` starts at element ``row_offset + m * row_stride``; ``b1`` holds the
-    weight: "panels" (packed ahead of time), or in place as "rows" [N, K] or "columns" [K, N]. Integer
-    activations also need ``b2``, the sums of each row's groups. ``accumulator`` in the stores is the
-    product; a panel's two halves start ``half_distance`` columns apart: 16 for neighbours, the width of
-    the gate for gated activations.
+    weight: "panels" (packed ahead of time, C++), or in place as "rows" [N, K] or "columns" [K, N], where a
+    4-bit weight's scales and zeros are the buffers after it (Triton). Integer activations on panels also
+    need ``b2``, the sums of each row's groups. ``accumulator`` in the stores is the product; a panel's two
+    halves start ``half_distance`` columns apart: 16 for neighbours, the width of the gate for gated
+    activations.
     """
 
     buffers: tuple[Buffer, ...]
@@ -74,7 +75,7 @@ class MatmulSpec:
 
 @dataclass(frozen=True)
 class PagedAttentionSpec:
-    """Attention of packed queries over a tiled paged cache; strides are in elements.
+    """Attention of packed queries over a paged cache, tiled for C++ and in rows for Triton; strides are in elements.
 
     The first six buffers are query, key cache, value cache, block tables, sequence lengths and query
     starts, the last is the output [T, H, Dv]; ``alibi_slopes`` and ``sinks`` name buffers between.

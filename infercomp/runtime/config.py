@@ -52,6 +52,7 @@ class RuntimeConfig:
     max_num_batched_tokens: tokens computed in one step; a longer prompt is computed in several steps.
     max_num_seqs: sequences in the running batch.
     max_model_len: prompt and output tokens of one sequence; ``None`` means the model's own limit.
+    decode_graphs: whether decoding on a GPU with generated kernels replays CUDA graphs.
     """
 
     block_size: int = 16
@@ -60,6 +61,7 @@ class RuntimeConfig:
     max_num_batched_tokens: int = 512
     max_num_seqs: int = 64
     max_model_len: int | None = None
+    decode_graphs: bool = True
 
     def __post_init__(self) -> None:
         require_int(self.block_size, "block_size", 1, LARGEST_BLOCK_SIZE)

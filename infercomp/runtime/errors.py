@@ -84,6 +84,10 @@ class ProofError(PassError):
     """KV-cache insertion relies on a property that could not be proved for this model."""
 
 
+class DeviceMemoryError(InfercompError):
+    """The device has no memory left for what decoding wants to keep there."""
+
+
 class NumericalError(InfercompError):
     """A model produced logits that are not numbers."""
 

@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 
-from .native_step import NativeStep
-
 
 @dataclass(frozen=True)
 class MergedWeight:
@@ -36,7 +34,10 @@ class PackedWeightSource:
 
 @dataclass(frozen=True)
 class OpExecution:
-    """How the calls of one op are executed: ``how`` is "cpp", "definition" or "aten"; ``reason`` why not better."""
+    """How the calls of one op are executed: ``how`` is "cpp", "triton", "definition" or "aten".
+
+    ``reason`` says why not better.
+    """
 
     op: str
     how: str
@@ -71,8 +72,8 @@ class Program:
 
     ``output_orders`` says in which order of dimensions, outermost first, the caller expects each output
     to lie in memory (None: as it comes). ``kernels`` says what each kernel was generated from, by name
-    (codegen's own type), ``native_steps`` what calls them, ``kernel_uses`` what for and how often, and
-    ``fallbacks`` why kernels that were planned are not used.
+    (codegen's own type), ``steps`` are the native and Triton steps that call them, ``kernel_uses`` says what
+    for and how often, and ``fallbacks`` why kernels that were planned are not used.
     """
 
     function: Callable[..., Sequence[Any]]
@@ -84,7 +85,7 @@ class Program:
     ops: tuple[OpExecution, ...]
     output_orders: tuple[tuple[int, ...] | None, ...]
     kernels: Mapping[str, Any] = field(default_factory=dict)
-    native_steps: tuple[NativeStep, ...] = ()
+    steps: tuple[Any, ...] = ()
     kernel_uses: tuple[KernelUse, ...] = ()
     taken_apart: tuple[TakenApart, ...] = ()
     fallbacks: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""Triton kernels as text: ``emit(spec)`` needs no Triton, ``compile`` and ``module`` do."""
+"""Triton kernels as text: emitting needs no Triton, ``compile`` and ``module`` do."""
 
 from .emit import emit
 from .errors import KernelCompileError, KernelSpecError

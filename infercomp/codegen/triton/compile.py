@@ -34,7 +34,7 @@ class CompiledKernel:
 
 def compile_text(text: str, target: str) -> CompiledKernel:
     """Compile an emitted module's kernel for one of ``TARGETS``, for arguments aligned as it says."""
-    chip = _gpu_target(target)
+    chip = gpu_target(target)
     if os.environ.get("TRITON_INTERPRET") == "1":
         remedy = "unset it before Triton is imported"
         raise KernelCompileError("TRITON_INTERPRET turns compilation off", target=target, remedy=remedy)
@@ -56,8 +56,12 @@ def compile_text(text: str, target: str) -> CompiledKernel:
     )
 
 
-def _gpu_target(target: str) -> Any:
-    from triton.backends.compiler import GPUTarget
+def gpu_target(target: str) -> Any:
+    """Triton's own name of a target; raises KernelCompileError for one that it does not know."""
+    try:
+        from triton.backends.compiler import GPUTarget
+    except ImportError:
+        raise KernelCompileError("Triton is not installed", target=target, remedy="pip install triton") from None
 
     backend, _, architecture = target.partition(":")
     if backend == "cuda" and architecture.isdecimal():

@@ -1,4 +1,4 @@
-"""From a kernel spec to the text of a module that holds the kernel: pure, deterministic, and without Triton.
+"""From a sampler's spec to the text of a module that holds it: pure, deterministic, and without Triton.
 
 The text stands alone: besides the kernel it names the arguments' types and the launch options, so it can be
 saved, edited, compiled ahead of time (``compile.py``) or loaded (``module.py``).
@@ -8,38 +8,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import fields
-from typing import Any
 
-from .emitting.attention import emit_attention, emit_paged_attention, emit_paged_combine
-from .emitting.matmul import emit_matmul, emit_matmul_reduce
-from .emitting.rows import emit_gated_activation, emit_norm, emit_quantize, emit_rotary_write_kv, emit_write_kv
 from .emitting.sampling import emit_sampling
-from .specs.attention import AttentionSpec, PagedAttentionSpec, PagedCombineSpec
-from .specs.base import Fragment, KernelSpec, Origin
-from .specs.matmul import MatmulReduceSpec, MatmulSpec
-from .specs.rows import GatedActivationSpec, NormSpec, QuantizeSpec, RotaryWriteKvSpec, WriteKvSpec
+from .specs.base import KernelSpec, Origin
 from .specs.sampling import SamplingSpec
 
-_EMITTERS: dict[type[KernelSpec], Callable[[Any], str]] = {
-    MatmulSpec: emit_matmul,
-    MatmulReduceSpec: emit_matmul_reduce,
-    AttentionSpec: emit_attention,
-    PagedAttentionSpec: emit_paged_attention,
-    PagedCombineSpec: emit_paged_combine,
-    NormSpec: emit_norm,
-    QuantizeSpec: emit_quantize,
-    GatedActivationSpec: emit_gated_activation,
-    WriteKvSpec: emit_write_kv,
-    RotaryWriteKvSpec: emit_rotary_write_kv,
-    SamplingSpec: emit_sampling,
-}
 
-
-def emit(spec: KernelSpec) -> str:
+def emit(spec: SamplingSpec) -> str:
     """The module's text: header comment, imports, ``ARGUMENTS``, launch options and one ``@triton.jit`` function."""
-    kernel = _without_unused_constants(_EMITTERS[type(spec)](spec))
+    kernel = _without_unused_constants(emit_sampling(spec))
     imports = "import triton\nimport triton.language as tl\n"
     return f"{_header(spec)}\n{imports}\n{_launch_constants(spec)}\n\n{kernel}"
 
@@ -68,7 +46,7 @@ def _changed(spec: KernelSpec) -> list[str]:
     lines = []
     for each in fields(spec):
         value = getattr(spec, each.name)
-        is_told_elsewhere = isinstance(value, KernelSpec | Fragment | Origin)
+        is_told_elsewhere = isinstance(value, Origin)
         if value != each.default and not is_told_elsewhere:
             lines.append(f"#   {each.name} = {_one_line(repr(value))}")
     return lines

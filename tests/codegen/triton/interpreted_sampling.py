@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from codegen.triton import kernel_cases
+from codegen.triton import sampling_cases
 from codegen.triton.sampling_cases import check_gumbel, check_inverse_cdf, check_unusable_rows, run_sampling
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -58,9 +58,9 @@ def test_greedy_takes_the_first_of_equal_logits() -> None:
 )
 def test_a_planted_bug_is_caught(fixed: str, bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = SamplingSpec(logits_dtype="fp32", vocabulary_size=30, tile_tokens=32)
-    text = kernel_cases.emit(spec)
+    text = sampling_cases.emit(spec)
     assert fixed in text
-    monkeypatch.setattr(kernel_cases, "emit", lambda _: text.replace(fixed, bug))
+    monkeypatch.setattr(sampling_cases, "emit", lambda _: text.replace(fixed, bug))
     params = [SamplingParams(temperature=0.5, top_k=6), SamplingParams(temperature=0.5, top_p=0.5)] * 2
     logits = torch.arange(30).float().expand(4, -1).div(4).floor() / 2  # four equal logits at every step
     with pytest.raises(AssertionError):

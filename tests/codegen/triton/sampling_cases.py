@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import torch
-from codegen.triton.kernel_cases import DTYPES, launch
 
+from infercomp.codegen.triton import emit
+from infercomp.codegen.triton.module import load_kernel
 from infercomp.codegen.triton.specs import SamplingSpec
 from infercomp.runtime.request import SamplingParams
 from infercomp.runtime.sampler import warp
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+SAMPLERS = {
+    f"sample_{method}": SamplingSpec(logits_dtype="fp32", vocabulary_size=128256, method=method)
+    for method in ("greedy", "inverse_cdf", "gumbel")
+}
 # What float32 weights may move a cumulative probability by, over a hundred thousand tokens.
 TOLERANCE = 1e-5
 
@@ -27,7 +33,8 @@ def run_sampling(
         "uniforms": random,
         "seeds": random,
     }
-    launch(spec, spec.grid(len(params)), *(named[argument.name] for argument in spec.arguments()))
+    kernel = load_kernel(emit(spec))
+    kernel.launch(spec.grid(len(params)), *(named[argument.name] for argument in spec.arguments()))
     return named["tokens"].tolist()
 
 

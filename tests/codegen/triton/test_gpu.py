@@ -1,158 +1,152 @@
-"""Every family against its definition on a real GPU at real shapes: ``pytest -m gpu tests/codegen/triton``.
+"""Kernels and models on a real GPU, at the dtypes that the interpreter lacks: ``pytest -m gpu``.
 
-Needs torch, triton, pytest and hypothesis only.
+Needs torch, triton, transformers, pytest and hypothesis only.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from codegen.triton import attention_cases, kernel_cases
-from codegen.triton.representative_specs import DENSE, MATMULS, NORMS, PAGED, ROWS, SAMPLERS
-from codegen.triton.sampling_cases import check_gumbel, check_inverse_cdf, check_unusable_rows
+from codegen.cpp.test_kernels import Drawn, Quantized, _assert_close
+from codegen.triton.interpreted_models import Paged, _paged_operands
+from codegen.triton.sampling_cases import SAMPLERS, check_gumbel, check_inverse_cdf, check_unusable_rows
+from graph_testing import captured
+from references import assert_errs_like_eager
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from infercomp.codegen.ops import ACTIVATIONS
-from infercomp.codegen.triton.module import provide_descriptor_memory
-from infercomp.codegen.triton.specs import (
-    NOTHING,
-    GatedActivationSpec,
-    NormSpec,
-    QuantizeSpec,
-    RotaryWriteKvSpec,
-    WriteKvSpec,
-)
+import infercomp
+from infercomp.codegen.config import CodegenConfig
+from infercomp.codegen.lower import lower
+from infercomp.codegen.ops import paged_attention
+from infercomp.passes.config import PassConfig
+from infercomp.passes.pipeline import run_pipeline
+from infercomp.runtime.errors import ConfigError, InputError
 from infercomp.runtime.request import SamplingParams
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
 ]
-# (query tokens, cached tokens): a prefill, a chunk of one, decoding steps short and long.
-PREFILL_LENGTHS = [(700, 700), (129, 2500), (1, 1), (1, 1300), (33, 40)]
-DECODE_LENGTHS = [(1, 1), (1, 511), (1, 512), (1, 513), (1, 7000), (1, 64)]
+SIZES = (32, 8, 128, 128)
+DTYPES = (torch.float32, torch.bfloat16)
+CONFIG = LlamaConfig(
+    hidden_size=1024, intermediate_size=2816, num_hidden_layers=3, num_attention_heads=16, num_key_value_heads=4,
+    vocab_size=4000, max_position_embeddings=2048,
+)  # fmt: skip
 
 
-@pytest.fixture(autouse=True, scope="module")
-def descriptor_memory() -> None:
-    provide_descriptor_memory()
+@pytest.fixture
+def on_gpu() -> Iterator[None]:
+    """New tensors lie on the GPU."""
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        yield
 
 
-def has_descriptors() -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability()[0] >= 9
+def outputs_of(module: torch.nn.Module, *inputs: torch.Tensor) -> list[torch.Tensor]:
+    model_graph = captured(module, *inputs)
+    run_pipeline(model_graph, PassConfig())
+    with torch.no_grad():
+        return list(lower(model_graph, CodegenConfig(codegen="triton")).bind(model_graph.weights)(*inputs))
 
 
-@pytest.mark.parametrize("num_rows", [1, 17, 1000])
-@pytest.mark.parametrize("name", MATMULS)
-def test_products(name: str, num_rows: int) -> None:
-    spec = MATMULS[name]
-    if spec.use_descriptors and not has_descriptors():
-        pytest.skip("this GPU has no tensor memory access")
-    if name == "matmul":
-        spec = replace(spec, epilogue=NOTHING)
-    # TF32 keeps 10 bits of each factor.
-    kernel_cases.check_matmul(spec, num_rows, "cuda", noise=2e-3 if spec.allow_tf32 else 1e-5)
+@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 1), (1, 300), (3, 77)])
+def test_kernels_agree_with_definitions(dtype: torch.dtype, rows: int, tokens: int) -> None:
+    module = Drawn(512, 768, 8, tokens).to(dtype).eval()
+    x, ids = torch.randn(rows, tokens, 512).to(dtype), torch.randint(0, 13, (rows, tokens))
+    mask = torch.rand(tokens, tokens) > 0.3
+    with torch.no_grad():
+        eager, exact = module(x, ids, mask), module.double()(x.double(), ids, mask)
+    for position, parts in enumerate(zip(outputs_of(module.to(dtype), x, ids, mask), eager, exact, strict=True)):
+        _assert_close(*parts, what=position)
 
 
-@pytest.mark.parametrize("sizes", [(4096 + 8, 4096 - 32), (100, 72)])
-def test_products_with_uneven_edges(sizes: tuple[int, int]) -> None:
-    spec = replace(MATMULS["matmul_bf16"], num_columns=sizes[0], num_inner=sizes[1])
-    kernel_cases.check_matmul(spec, 77, "cuda", noise=1e-5)
+@pytest.mark.usefixtures("on_gpu")
+def test_integer_kernels_are_exact() -> None:
+    module, x = Quantized(512, 300, 64), torch.randn(70, 512)
+    got, expected = outputs_of(module, x, torch.arange(70)), module(x, torch.arange(70))
+    for position, (mine, definition) in enumerate(zip(got, expected, strict=True)):
+        if position != 5:  # runs as its definition, in float32
+            assert torch.equal(mine, definition), position
 
 
-@pytest.mark.parametrize("name", ["matmul", "matmul_split", "matmul_w4", "gemv", "matmul_int8"])
-def test_a_row_does_not_depend_on_the_number_of_rows(name: str) -> None:
-    spec = replace(MATMULS[name], epilogue=NOTHING)
-    generator = torch.Generator().manual_seed(0)
-    tensors, _ = kernel_cases.random_weight(spec, "cuda", generator)
-    inputs = dict(zip(["weight", "weight_scale", "weight_zero"], tensors, strict=False))
-    if spec.is_integer:
-        x = torch.randint(-127, 128, (300, spec.num_inner), generator=generator, dtype=torch.int8).cuda()
-    else:
-        x = (torch.randn(300, spec.num_inner, generator=generator) / 64).to("cuda", torch.float16)
-    scale = torch.rand(300, generator=generator).cuda() * 1e-4
-    together = kernel_cases.run_matmul(spec, 300, {**inputs, "input": x, "input_scale": scale}, "cuda")
-    for begin, end in ((0, 1), (290, 300), (100, 133)):
-        part = {**inputs, "input": x[begin:end].clone(), "input_scale": scale[begin:end].clone()}
-        assert torch.equal(kernel_cases.run_matmul(spec, end - begin, part, "cuda"), together[begin:end])
+@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sliding_window", [None, 100])
+def test_paged_attention(dtype: torch.dtype, sliding_window: int | None) -> None:
+    """A prefill, chunks, and decoding of lengths around the cuts; decoding gives the bits of the other kernel."""
+    module = Paged(None, torch.linspace(-3, 3, 32), scale=128**-0.5, sliding_window=sliding_window, logit_softcap=None)
+    keys = [700, 2500, 1, 511, 512, 513, 4100]
+    operands = _paged_operands([300, 129, 1, 3, 3, 3, 2], keys, SIZES)
+    operands = [x.to(dtype) if x.is_floating_point() else x for x in operands]
+    (together,) = outputs_of(module, *operands)
+    options = {"sinks": module.sinks, **module.options}
+    exact = paged_attention.definition(*(x.double() if x.is_floating_point() else x for x in operands), **options)
+    assert_errs_like_eager(exact, paged_attention.definition(*operands, **options), together)
+    last = operands[-1][1:] - 1
+    (alone,) = outputs_of(module, operands[0][last], *operands[1:-1], torch.arange(len(keys) + 1))
+    assert torch.equal(alone, together[last])
 
 
-@pytest.mark.parametrize("name", PAGED)
-def test_paged_attention(name: str) -> None:
-    spec = PAGED[name]
-    lengths = DECODE_LENGTHS if spec.chunk_keys else PREFILL_LENGTHS
-    if spec.max_query_tokens > 1:
-        lengths = [*lengths, (4, 1200), (3, 3)]
-    # bfloat16 and float16 round the probabilities too.
-    attention_cases.check_paged_attention(spec, lengths, "cuda", noise=1e-5)
+@pytest.fixture(scope="module", params=DTYPES)
+def model(request: pytest.FixtureRequest) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(CONFIG).to("cuda", request.param).eval()
 
 
-@pytest.mark.parametrize(
-    ("num_heads", "num_kv_heads", "head_dim"), [(9, 3, 64), (8, 8, 80), (28, 4, 128), (12, 1, 256)]
-)
-@pytest.mark.parametrize("chunk_keys", [None, 256])
-def test_paged_attention_of_other_heads(
-    num_heads: int, num_kv_heads: int, head_dim: int, chunk_keys: int | None
-) -> None:
-    spec = replace(
-        PAGED["paged_decode"],
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        scale=head_dim**-0.5,
-        chunk_keys=chunk_keys,
-        tile_keys=32,
-        tile_rows=16 if chunk_keys else 32,
-    )
-    attention_cases.check_paged_attention(spec, DECODE_LENGTHS if chunk_keys else PREFILL_LENGTHS, "cuda", noise=1e-5)
+def test_graphs_and_company_do_not_change_bits(model: LlamaForCausalLM) -> None:
+    draw = torch.Generator().manual_seed(3)
+    prompts = [
+        {"prompt_token_ids": torch.randint(0, 4000, (n,), generator=draw).tolist()} for n in (1, 40, 300, 600, 5)
+    ]
+    params = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
+    replayed = infercomp.LLM(model, codegen="triton", num_blocks=200)
+    eager = infercomp.LLM(model, codegen="triton", num_blocks=200, decode_graphs=False)
+    together = [o.outputs[0].token_ids for o in replayed.generate(prompts, params, use_tqdm=False)]
+    assert together == [o.outputs[0].token_ids for o in eager.generate(prompts, params, use_tqdm=False)]
+    assert together == [replayed.generate(p, params, use_tqdm=False)[0].outputs[0].token_ids for p in prompts]
 
 
-@pytest.mark.parametrize("name", DENSE)
-@pytest.mark.parametrize("lengths", [(1, 1), (513, 513), (70, 900)])
-def test_dense_attention(name: str, lengths: tuple[int, int]) -> None:
-    attention_cases.check_attention(DENSE[name], 2, *lengths, "cuda", noise=1e-5)
+def test_logits_err_like_eager(model: LlamaForCausalLM) -> None:
+    tokens = torch.randint(0, 4000, (600,)).tolist()
+    with torch.no_grad():
+        eager = model(torch.tensor([tokens], device="cuda")).logits[0]
+        exact = LlamaForCausalLM(CONFIG).to("cuda", torch.float64)
+        exact.load_state_dict(model.state_dict())
+        reference = exact.eval()(torch.tensor([tokens], device="cuda")).logits[0]
+    got = infercomp.LLM(model, codegen="triton", num_blocks=200).logits(tokens)
+    _assert_close(got, eager, reference, "logits")
 
 
-@pytest.mark.parametrize("name", NORMS)
-@pytest.mark.parametrize("num_rows", [1, 999])
-def test_norms(name: str, num_rows: int) -> None:
-    kernel_cases.check_norm(NORMS[name], num_rows, "cuda")
+def test_torch_compile(model: LlamaForCausalLM) -> None:
+    ids = torch.randint(0, 4000, (2, 65), device="cuda")
+    compiled = torch.compile(model, backend="infercomp", options={"codegen": "triton"})
+    with torch.inference_mode():
+        got, eager = compiled(ids).logits, model(ids).logits
+    bound = 1e-4 if got.dtype == torch.float32 else 5e-2
+    assert float((got - eager).abs().max()) <= bound * float(eager.abs().max())
 
 
-@pytest.mark.parametrize("num_columns", [576, 5120, 16384])
-def test_norms_of_other_widths(num_columns: int) -> None:
-    kernel_cases.check_norm(NormSpec(dtype="fp32", num_columns=num_columns, eps=1e-6, unit_offset=True), 65, "cuda")
+@pytest.mark.usefixtures("on_gpu")
+def test_bad_indices_are_an_error_of_a_later_call() -> None:
+    model_graph = captured(torch.nn.Embedding(5, 16), torch.tensor([[1, 4]]))
+    program = lower(model_graph, CodegenConfig(codegen="triton")).bind(model_graph.weights)
+    program(torch.tensor([[1, 5]]))
+    torch.cuda.synchronize()
+    with pytest.raises(InputError, match="out of range"):
+        program(torch.tensor([[1, 4]]))
 
 
-@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
-def test_gated_activations(activation: str) -> None:
-    for dtype in ("fp16", "bf16", "fp32"):
-        spec = GatedActivationSpec(dtype=dtype, num_columns=1536, activation=activation)
-        kernel_cases.check_gated_activation(spec, 300, "cuda")
-
-
-def test_quantize() -> None:
-    for dtype in ("fp16", "bf16", "fp32"):
-        kernel_cases.check_quantize(QuantizeSpec(dtype=dtype, num_columns=14336, group_size=128), 100, "cuda")
-
-
-def test_write_kv() -> None:
-    spec = ROWS["write_kv"]
-    assert isinstance(spec, WriteKvSpec)
-    kernel_cases.check_write_kv(spec, 1000, "cuda")
-
-
-@pytest.mark.parametrize("is_interleaved", [False, True])
-@pytest.mark.parametrize("rotary_dim", [128, 32])
-def test_rotary_write_kv(is_interleaved: bool, rotary_dim: int) -> None:
-    spec = ROWS["rotary_write_kv"]
-    assert isinstance(spec, RotaryWriteKvSpec)
-    changed = replace(spec, is_interleaved=is_interleaved, rotary_dim=rotary_dim)
-    kernel_cases.check_rotary_write_kv(changed, 1000, "cuda")
+def test_cpp_is_refused_on_a_gpu(model: LlamaForCausalLM) -> None:
+    with pytest.raises(ConfigError, match="CPU"):
+        infercomp.LLM(model, codegen="cpp")
 
 
 def test_inverse_cdf_draws_what_the_sampler_draws() -> None:
@@ -163,15 +157,16 @@ def test_inverse_cdf_draws_what_the_sampler_draws() -> None:
         for top_k in (0, 1, 50)
         for top_p in (1.0, 0.9, 0.3)
     ]
-    logits = torch.randn(len(params), spec.vocabulary_size, generator=torch.Generator().manual_seed(1)) * 3
-    check_inverse_cdf(spec, params, logits.cuda())
-    check_inverse_cdf(spec, params, (logits * 4).round().cuda() / 4, seed=1)
+    logits = (torch.randn(len(params), spec.vocabulary_size) * 3).cuda()
+    check_inverse_cdf(spec, params, logits)
+    check_inverse_cdf(spec, params, (logits * 4).round() / 4, seed=1)
 
 
 def test_gumbel_draws_from_the_distribution() -> None:
-    spec = replace(SAMPLERS["sample_gumbel"], vocabulary_size=3000)
-    row = torch.randn(3000, generator=torch.Generator().manual_seed(1)) * 2
-    check_gumbel(spec, SamplingParams(temperature=0.8, top_k=40, top_p=0.9), row.cuda(), 5000)
+    spec = SAMPLERS["sample_gumbel"]
+    check_gumbel(
+        spec, SamplingParams(temperature=0.8, top_k=40, top_p=0.9), torch.randn(spec.vocabulary_size).cuda() * 2, 500
+    )
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

@@ -1,1 +1,1 @@
-"""One module for each group of families: from a spec to the text of its kernel function."""
+"""Text of samplers: from a spec to its kernel function."""

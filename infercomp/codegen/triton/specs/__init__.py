@@ -1,27 +1,6 @@
-"""Kernel specs: frozen, hashable descriptions from which kernel texts are made."""
+"""Specs of samplers, which no graph of calls stands for: frozen, hashable descriptions of their kernels."""
 
-from .attention import AttentionSpec, PagedAttentionSpec, PagedCombineSpec
-from .base import NOTHING, Argument, Fragment, Grid, KernelSpec, Origin
-from .matmul import MatmulReduceSpec, MatmulSpec
-from .rows import GatedActivationSpec, NormSpec, QuantizeSpec, RotaryWriteKvSpec, WriteKvSpec
+from .base import Argument, Grid, KernelSpec, Origin
 from .sampling import SamplingSpec
 
-__all__ = [
-    "NOTHING",
-    "Argument",
-    "AttentionSpec",
-    "Fragment",
-    "GatedActivationSpec",
-    "Grid",
-    "KernelSpec",
-    "MatmulReduceSpec",
-    "MatmulSpec",
-    "NormSpec",
-    "Origin",
-    "PagedAttentionSpec",
-    "PagedCombineSpec",
-    "QuantizeSpec",
-    "RotaryWriteKvSpec",
-    "SamplingSpec",
-    "WriteKvSpec",
-]
+__all__ = ["Argument", "Grid", "KernelSpec", "Origin", "SamplingSpec"]

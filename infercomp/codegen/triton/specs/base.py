@@ -1,4 +1,4 @@
-"""What all kernel specs share: arguments, holes for fused statements, and where a kernel came from."""
+"""What specs share: arguments, launch options, and where a kernel came from."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from ..errors import KernelSpecError
 FLOAT_DTYPES = {"fp32": "tl.float32", "fp16": "tl.float16", "bf16": "tl.bfloat16"}
 INTEGER_DTYPES = {"i8": "tl.int8", "u8": "tl.uint8", "i1": "tl.int1", "i32": "tl.int32", "i64": "tl.int64"}
 DTYPES = FLOAT_DTYPES | INTEGER_DTYPES
-DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "i8": 1, "u8": 1, "i1": 1, "i32": 4, "i64": 8}
 
 # What torch gives every tensor, and what wide loads need.
 POINTER_ALIGNMENT_BYTES = 16
@@ -39,28 +38,6 @@ class Argument:
         """The type, and after a colon what the value is a multiple of (bytes for a pointer)."""
         multiple = POINTER_ALIGNMENT_BYTES if self.is_pointer else self.multiple
         return f"{self.type}:{multiple}" if multiple > 1 else self.type
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """Statements for a template's hole, and the pointers (by name and dtype) that they load from.
-
-    A statement is one line of Triton over names that the hole documents, as ``acc``, ``row`` and ``column``.
-    """
-
-    statements: tuple[str, ...] = ()
-    operands: tuple[Argument, ...] = ()
-
-    def __add__(self, other: Fragment) -> Fragment:
-        known = set(self.operands)
-        added = tuple(operand for operand in other.operands if operand not in known)
-        return Fragment(self.statements + other.statements, self.operands + added)
-
-    def __bool__(self) -> bool:
-        return bool(self.statements)
-
-
-NOTHING = Fragment()
 
 
 @dataclass(frozen=True)

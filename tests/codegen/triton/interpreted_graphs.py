@@ -1,0 +1,111 @@
+"""Run by ``test_interpreted.py`` in a process where Triton interprets kernels instead of compiling them.
+
+Graphs through lowering and generated kernels, next to eager in float64. The interpreter has no bfloat16: it
+truncates where a chip rounds, and multiplies the bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from codegen.cpp.test_kernels import PHASES, Drawn, Quantized, _assert_close
+from graph_testing import captured
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from infercomp.codegen.config import CodegenConfig
+from infercomp.codegen.lower import lower
+from infercomp.codegen.ops import int4_weight_linear, int8_weight_linear
+from infercomp.passes.config import PassConfig
+from infercomp.passes.pipeline import pass_names, run_pipeline
+from infercomp.runtime.errors import BuildError, InputError
+
+ELSEWHERE = {"aten.arange", "aten.sym_size"}
+
+
+def outputs_of(module: nn.Module, *inputs: torch.Tensor, fuses: bool = True) -> tuple[list[torch.Tensor], Any]:
+    """The module through Triton kernels, with every fusion or with none, and how its ops were executed."""
+    model_graph = captured(module, *inputs)
+    disable = () if fuses else tuple(name for name in pass_names() if name.startswith("fuse_"))
+    run_pipeline(model_graph, PassConfig(disable=disable))
+    program = lower(model_graph, CodegenConfig(codegen="triton"))
+    with torch.no_grad():
+        return list(program.bind(model_graph.weights)(*inputs)), program.ops
+
+
+@settings(max_examples=3, deadline=None, phases=PHASES)
+@given(
+    st.integers(1, 3),
+    st.integers(2, 20),
+    st.sampled_from([1, 2, 3]),
+    st.sampled_from([8, 16, 24]),
+    st.sampled_from([5, 32, 70]),
+    st.booleans(),
+)
+def test_kernels_agree_with_definitions(
+    rows: int, tokens: int, heads: int, head_dim: int, outputs: int, fuses: bool
+) -> None:
+    module = Drawn(heads * head_dim, outputs, heads, tokens).eval()
+    x = torch.randn(rows, tokens, heads * head_dim)
+    ids, mask = torch.randint(0, 13, (rows, tokens)), torch.rand(tokens, tokens) > 0.3
+    with torch.no_grad():
+        eager = module(x, ids, mask)
+        exact = module.double()(x.double(), ids, mask)
+    got, ops = outputs_of(module.float(), x, ids, mask, fuses=fuses)
+    for position, parts in enumerate(zip(got, eager, exact, strict=True)):
+        _assert_close(*parts, what=position)
+    assert {op.op for op in ops if op.how in ("aten", "definition")} <= ELSEWHERE
+
+
+class WeightOnly(nn.Module):
+    """Float rows times integer weights."""
+
+    def __init__(self, channels: int, outputs: int, group: int) -> None:
+        super().__init__()
+        self.source = Quantized(channels, outputs, group)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        s = self.source
+        return (
+            int8_weight_linear(x, s.int8, s.scale8, None),
+            int4_weight_linear(x, s.int4, s.scale4, s.zero4, None, s.group),
+        )
+
+
+@settings(max_examples=3, deadline=None, phases=PHASES)
+@given(st.integers(1, 80), st.sampled_from([32, 64]), st.integers(1, 3), st.sampled_from([7, 32, 50]))
+def test_integer_kernels(rows: int, group: int, num_groups: int, outputs: int) -> None:
+    """Quantised rows give the definitions' bits; only the sums of 4-bit groups run as their definition."""
+    module, x = Quantized(group * num_groups, outputs, group), torch.randn(rows, group * num_groups)
+    x[0] = 0.0
+    ids = torch.randint(0, outputs, (rows,))
+    got, ops = outputs_of(module, x, ids)
+    assert {op.op for op in ops if op.how in ("aten", "definition")} == {"infercomp.int4_linear"}
+    for position, (mine, expected) in enumerate(zip(got, module(x, ids), strict=True)):
+        assert torch.equal(mine, expected), position
+
+
+@settings(max_examples=3, deadline=None, phases=PHASES)
+@given(st.integers(1, 80), st.sampled_from([32, 64, 128]), st.integers(1, 3), st.sampled_from([7, 50]))
+def test_integer_weights(rows: int, group: int, num_groups: int, outputs: int) -> None:
+    module, x = WeightOnly(group * num_groups, outputs, group), torch.randn(rows, group * num_groups)
+    got, ops = outputs_of(module, x)
+    assert not [op for op in ops if op.how in ("aten", "definition")]
+    for mine, eager, exact in zip(got, module(x), module(x.double()), strict=True):
+        _assert_close(mine, eager, exact, "weights")
+
+
+def test_an_index_out_of_range_is_an_error_and_the_next_step_works() -> None:
+    model_graph = captured(nn.Embedding(5, 16), torch.tensor([[1, 4]]))
+    program = lower(model_graph, CodegenConfig(codegen="triton")).bind(model_graph.weights)
+    with pytest.raises(InputError, match="out of range"):
+        program(torch.tensor([[1, 5]]))
+    assert torch.equal(program(torch.tensor([[1, 4]]))[0][0], next(iter(model_graph.weights.values()))[[1, 4]])
+
+
+def test_the_interpreter_has_no_bfloat16() -> None:
+    with pytest.raises(BuildError, match="bfloat16"):
+        outputs_of(nn.ReLU(), torch.ones(2, 3, dtype=torch.bfloat16))
