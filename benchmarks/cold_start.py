@@ -16,6 +16,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -46,8 +47,10 @@ def measure_here(start: float) -> dict[str, float | str]:
 
 def measure_fresh() -> dict[str, float | str]:
     """The same in a fresh process, with the time it takes to start Python included."""
-    command = [sys.executable, __file__, "--child", repr(time.time())]
-    finished = subprocess.run(command, check=True, capture_output=True, text=True)
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {**os.environ, "INFERCOMP_CACHE_DIR": cache}
+        command = [sys.executable, __file__, "--child", repr(time.time())]
+        finished = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     result: dict[str, float | str] = json.loads(finished.stdout.splitlines()[-1])
     if result["answer"] != ANSWER:
         raise SystemExit(f"wrong answer: {result['answer']!r}; no figure is written")
