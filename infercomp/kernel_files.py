@@ -36,7 +36,7 @@ _STEP_SIZES = {"sequences": 2, "table_width": 8, "blocks": 32, "block_size": 16}
 
 
 def kernel_files(model_graph: ModelGraph, config: CodegenConfig) -> dict[str, str]:
-    """File names and texts: two for each C++ kernel that ``lower`` generates for this graph, one for a Triton kernel."""
+    """File names and texts, two for each C++ kernel of this graph and one for each Triton kernel."""
     language = kernel_language(model_graph, config)
     if language is None:
         return {}

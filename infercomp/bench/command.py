@@ -109,7 +109,7 @@ def bench(
 
 
 def _report(plan: Plan, outcome: Outcome, json_file: str | None) -> None:
-    from infercomp.bench.machine import describe_run
+    from infercomp.bench.machine import describe_run, without_folder
     from infercomp.bench.tables import print_checks, print_outcome, to_json
 
     console = Console()
@@ -124,7 +124,7 @@ def _report(plan: Plan, outcome: Outcome, json_file: str | None) -> None:
     print_outcome(outcome, console)
     if json_file is not None:
         configuration = {
-            "model": plan.model,
+            "model": without_folder(plan.model),
             "options": plan.options,
             "dtype": plan.dtype,
             "num_threads": plan.num_threads,

@@ -19,7 +19,7 @@ def describe_run(arguments: list[str]) -> dict[str, Any]:
     """The command, the date, the commit where this is a git checkout, versions and machine."""
     cpu = _cpu()
     return {
-        "command": " ".join(arguments),
+        "command": " ".join(map(without_folder, arguments)),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
@@ -31,6 +31,11 @@ def describe_run(arguments: list[str]) -> dict[str, Any]:
             "system": platform.platform(),
         },
     }
+
+
+def without_folder(argument: str) -> str:
+    """The last part of an absolute path, as figures are for others to read; anything else as it is."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 def _cpu() -> dict[str, str]:

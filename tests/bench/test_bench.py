@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from infercomp import cli, shell_arguments
 from infercomp.bench import peers, run, start_worker
+from infercomp.bench.machine import describe_run
 from infercomp.bench.session import Worker
 from infercomp.runtime.errors import BenchmarkError, ModelLoadError
 
@@ -242,3 +243,8 @@ def test_a_python_without_infercomp_is_lent_the_package_alone(tmp_path: Path) ->
     done = subprocess.run(command, capture_output=True, text=True, cwd="/", env={"PYTHONPATH": str(tmp_path)})
     expected = Path(start_worker.__file__).with_name("protocol.py")
     assert done.stdout.strip() == f"{expected} [None, None, None]", done.stderr
+
+
+def test_a_published_command_names_no_folder_of_this_machine(tmp_path: Path) -> None:
+    arguments = [str(tmp_path / "infercomp"), "bench", "demo", "--json", "results/a.json"]
+    assert describe_run(arguments)["command"] == "infercomp bench demo --json results/a.json"
