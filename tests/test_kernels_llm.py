@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import infercomp
 from infercomp.codegen.cpp import toolchain
+from infercomp.demo_model import demo_model_path
 from infercomp.runtime.errors import BuildError
 from infercomp.runtime.kv_pools import allocate_pools
 from infercomp.runtime.step import StepInputs
@@ -82,10 +83,21 @@ def _logits(
 
 
 def test_bits_do_not_depend_on_company_chunks_or_blocks(llm: infercomp.LLM) -> None:
+    _assert_bits_do_not_depend(llm, num_workloads=12, vocab_size=130)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", [None, "w8a8", "w4a8-g32"])
+def test_bits_of_a_real_model_in_200_workloads(quantization: str | None) -> None:
+    llm = infercomp.LLM(demo_model_path(), dtype=torch.bfloat16, codegen="cpp", quantization=quantization)
+    _assert_bits_do_not_depend(llm, num_workloads=200, vocab_size=40_000)
+
+
+def _assert_bits_do_not_depend(llm: infercomp.LLM, num_workloads: int, vocab_size: int) -> None:
     draw = random.Random(7)
-    sequences = [[draw.randrange(130) for _ in range(length)] for length in (1, 5, 17, 40, 77)]
+    sequences = [[draw.randrange(vocab_size) for _ in range(length)] for length in (1, 5, 17, 40, 77)]
     alone = [llm.logits(sequence) for sequence in sequences]
-    for _ in range(12):
+    for _ in range(num_workloads):
         chosen = draw.sample(range(len(sequences)), draw.randint(1, len(sequences)))
         together = _logits(llm, [sequences[i] for i in chosen], [_cuts(draw, len(sequences[i])) for i in chosen], draw)
         for (i, position), row in together.items():
