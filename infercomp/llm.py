@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -51,6 +52,7 @@ class LLM:
     ) -> None:
         self.config: Config = parse_options(options)
         check_pass_names(self.config.passes, pass_names())
+        loaded = None
         if isinstance(model, torch.nn.Module):
             module = model if dtype is None else model.to(dtype)
             check_vocabulary(module, tokenizer, type(module).__name__)
@@ -64,6 +66,10 @@ class LLM:
         captured, examples = capture_for_serving(module, position_limit(module))
         compiled = compile_graph(captured, self.config, examples, serving=True)
         self.report: Report = compiled.report
+        # Weights are packed one after the other, and what nobody else holds goes as it is packed. Capturing leaves
+        # cycles behind that hold the module.
+        del module, loaded
+        gc.collect()
         self._served = ServedModel(compiled)
         runtime = self.config.runtime
         self.num_blocks = num_blocks_for(self._served.cache_specs, runtime)

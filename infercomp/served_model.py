@@ -90,7 +90,7 @@ class ServedModel:
         graph = compiled.model_graph
         self._input_names = compiled.program.input_names
         self.program = compiled.program
-        self._bound = compiled.program.bind(graph.weights)
+        self._bound = compiled.program.bind_releasing(graph.weights)
         self.cache_specs = _cache_specs(graph)
         logits = value_of(graph.output_node().args[0][0])
         self.vocab_size = int(logits.shape[-1])

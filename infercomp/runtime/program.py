@@ -7,6 +7,7 @@ the weights exists and a change in place by the user is seen.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,10 @@ class PackedWeightSource:
     name: str
     parts: tuple[tuple[str, ...], ...]
     pack: Callable[..., torch.Tensor]
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return tuple(name for part in self.parts for name in part)
 
 
 @dataclass(frozen=True)
@@ -92,10 +97,21 @@ class Program:
 
     def bind(self, weights: Mapping[str, torch.Tensor]) -> BoundProgram:
         """Fix the weights: ``weights`` holds every source and every weight that is no merge."""
+        return self.bind_releasing(dict(weights))
+
+    def bind_releasing(self, weights: dict[str, torch.Tensor]) -> BoundProgram:
+        """The same, and what is only packed leaves ``weights`` once it is: no second copy of all grows beside them."""
         merges = {merge.name: _Merge(merge, [weights[name] for name in merge.sources]) for merge in self.merged_weights}
         made = {name: merge.tensor for name, merge in merges.items()}
         with torch.inference_mode(False), torch.no_grad():
-            made |= {packed.name: _packed(packed, weights) for packed in self.packed_weights}
+            uses = Counter(name for packed in self.packed_weights for name in packed.sources)
+            uses.update([*self.weight_names, *(name for merge in self.merged_weights for name in merge.sources)])
+            for packed in self.packed_weights:
+                made[packed.name] = _packed(packed, weights)
+                uses.subtract(packed.sources)
+                for name in set(packed.sources):
+                    if not uses[name]:
+                        del weights[name]
         tensors = [made[name] if name in made else weights[name].detach() for name in self.weight_names]
         return BoundProgram(self, tensors, tuple(merges.values()))
 

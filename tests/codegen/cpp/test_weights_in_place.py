@@ -1,4 +1,4 @@
-"""Weights that stay with the caller: the same bits as packed ones, no second copy, and changes in place are seen."""
+"""Weights in place and packed: the same bits, no second copy, and changes in place of a caller's are seen."""
 
 from __future__ import annotations
 
@@ -74,3 +74,16 @@ def test_a_change_in_place_is_seen() -> None:
         model[1].bias.zero_()
         torch.testing.assert_close(compiled(x), model(x))
         assert not torch.equal(compiled(x), first)
+
+
+def test_what_is_only_packed_leaves_once_it_is() -> None:
+    torch.manual_seed(0)
+    module, x = Products().eval(), torch.randn(7, CHANNELS)
+    program, weights = _program(module, x, owns_weights=True)
+    given = dict(weights)
+    released = program.bind_releasing(given)
+    packed = {name for source in program.packed_weights for name in source.sources}
+    assert packed and not packed & set(given)
+    assert set(weights) - packed == set(given), "a bias is read as it is"
+    for one, other in zip(released(x), program.bind(weights)(x), strict=True):
+        assert torch.equal(one, other)
