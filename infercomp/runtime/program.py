@@ -113,7 +113,8 @@ class Program:
                     if not uses[name]:
                         del weights[name]
         tensors = [made[name] if name in made else weights[name].detach() for name in self.weight_names]
-        return BoundProgram(self, tensors, tuple(merges.values()))
+        kept = tuple((weights[name], weights[name].data_ptr()) for name in self.weight_names if name not in made)
+        return BoundProgram(self, tensors, tuple(merges.values()), kept)
 
 
 def _packed(weight: PackedWeightSource, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -170,15 +171,23 @@ def _adjacent_view(sources: list[torch.Tensor]) -> torch.Tensor | None:
 class BoundProgram:
     """A program with its weights; call it with the inputs in ``input_names`` order."""
 
-    def __init__(self, program: Program, weights: list[torch.Tensor], merges: tuple[_Merge, ...]) -> None:
+    def __init__(
+        self,
+        program: Program,
+        weights: list[torch.Tensor],
+        merges: tuple[_Merge, ...],
+        kept: tuple[tuple[torch.Tensor, int], ...],
+    ) -> None:
         self.program = program
         self._weights = weights
         self._merges = merges
+        self._kept = kept
         self._mutated = tuple(program.input_names.index(name) for name in program.mutated_inputs)
 
     def is_current(self) -> bool:
-        """False once somebody has given a merged parameter other storage: bind again."""
-        return all(merge.is_current() for merge in self._merges)
+        """False once somebody has given a parameter other storage: bind again."""
+        is_kept = all(weight.data_ptr() == address for weight, address in self._kept)
+        return is_kept and all(merge.is_current() for merge in self._merges)
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         results = self.program.function(*self._weights, *inputs)

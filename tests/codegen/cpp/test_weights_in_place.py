@@ -74,6 +74,8 @@ def test_a_change_in_place_is_seen() -> None:
         model[1].bias.zero_()
         torch.testing.assert_close(compiled(x), model(x))
         assert not torch.equal(compiled(x), first)
+        model[3].weight.data = torch.randn(3, 40)
+        torch.testing.assert_close(compiled(x), model(x), msg="other storage is seen too")
 
 
 def test_what_is_only_packed_leaves_once_it_is() -> None:

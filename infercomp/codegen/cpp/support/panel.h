@@ -23,6 +23,8 @@ constexpr int PANEL = 32;
 constexpr int PANEL_VECTORS = PANEL / NATIVE_LANES;
 // Three quarters of the registers hold sums, the others weights and broadcast activations.
 constexpr int ROWS_IN_REGISTERS = NATIVE_REGISTERS * 3 / 4 / PANEL_VECTORS;
+// So few rows are one tile, which meets each panel once and waits for it; with more, panels come from a cache.
+constexpr int ROWS_READ_ONCE = 11;
 // Rows that lie a multiple of 4 KiB apart share one set of the first-level cache, which has so many ways.
 constexpr int ROWS_OF_ONE_SET = ROWS_IN_REGISTERS < 8 ? ROWS_IN_REGISTERS : 8;
 // Fewer where a square of weights is transposed in registers too.
@@ -44,7 +46,7 @@ constexpr int64_t PREFETCH_BYTES = 2048;
 
 template <int ROWS>
 INFERCOMP_INLINE void prefetch(const void* words, int64_t num_bytes) {
-    if constexpr (ROWS <= 11) {
+    if constexpr (ROWS <= ROWS_READ_ONCE) {
         INFERCOMP_UNROLL
         for (int64_t line = 0; line < num_bytes; line += 64) {
             __builtin_prefetch(static_cast<const char*>(words) + PREFETCH_BYTES + line);

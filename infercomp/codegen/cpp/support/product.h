@@ -112,7 +112,7 @@ int64_t num_product_tasks(const Product& p) {
 // What a task streams of a packed weight; nothing where its rows are many, as then it computes rather than waits.
 template <class Format>
 Stream product_stream(const Product& p, int64_t task, const uint8_t* panels) {
-    if (p.rows > 11) return {nullptr, 0};
+    if (p.rows > ROWS_READ_ONCE) return {nullptr, 0};
     const int64_t bytes = Format::panel_bytes(p.reduced);
     return {panels + task * bytes, bytes};
 }
