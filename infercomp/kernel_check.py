@@ -20,7 +20,7 @@ import torch
 
 from .codegen.config import CodegenConfig
 from .codegen.cpp.toolchain import SUPPORT, build_library
-from .codegen.packing import pack
+from .codegen.packing import PanelPacking
 from .codegen.weight_panels import PanelFormat
 from .runtime.errors import InfercompError
 from .runtime.native_step import KernelCall, NativeStep, OutputSpec, SizeSource
@@ -123,7 +123,7 @@ class KernelCheck:
         if isinstance(operand, str):
             return values[operand]
         parts = [values[name] for name in operand.parts]
-        return pack(operand.panel_format, operand.half_distance, is_transposed=operand.is_transposed)(*parts)
+        return PanelPacking(operand.panel_format, operand.half_distance, operand.is_transposed).pack(*parts)
 
     def _step(self, text: Path) -> NativeStep:
         config = CodegenConfig(codegen="cpp", instruction_set=self.instruction_set)

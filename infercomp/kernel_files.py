@@ -20,9 +20,9 @@ from .codegen.config import CodegenConfig
 from .codegen.cpp.emit import emit_units
 from .codegen.grouping import Group, Planner
 from .codegen.indexing import product, size_expr
+from .codegen.kernel_set import origin_of
 from .codegen.lower import kernel_language
 from .codegen.model_graph import ModelGraph, source_line, value_of
-from .codegen.native import origin_of
 from .codegen.ops import paged_attention
 from .codegen.packing import HALF_PANEL
 from .codegen.regions import PackedWeight, is_inlined
@@ -46,7 +46,7 @@ def kernel_files(model_graph: ModelGraph, config: CodegenConfig) -> dict[str, st
     for group in Planner(model_graph).plan().groups:
         name = spec_name(group.spec)
         if f"{name}.cpp" not in files:
-            (text,) = emit_units({name: group.spec}, {name: origin_of(group)}, 1)
+            (text,) = emit_units({name: group.spec}, {name: list(origin_of(group))}, 1)
             files[f"{name}.cpp"] = text
             files[f"{name}.py"] = _KernelFile(group, name, model_graph, config).text()
     return files

@@ -18,7 +18,7 @@ import torch
 
 from .codegen.cpp.toolchain import cache_folder, fingerprint
 from .codegen.lower import start_building_kernels
-from .codegen.native import start_executor
+from .codegen.steps import start_executor
 from .codegen.target import language_of
 from .compiler import rewrite_graph
 from .config import Config

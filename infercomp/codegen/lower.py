@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Mapping
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -20,18 +20,17 @@ import torch
 from torch import fx
 
 from ..runtime.errors import CompilerRefusedError
-from ..runtime.native_step import NativeStep
-from ..runtime.program import MergedWeight, PackedWeightSource, Program
-from ..runtime.triton_step import TritonStep
+from ..runtime.program import MergedWeight, PackedWeightSource, Program, WeightSource
 from .accounts import executions, groups_taken_apart, kernel_uses, require_kernels
+from .assembly import AssembledSegment, assemble_segments, start_kernels
 from .config import CodegenConfig
 from .grouping import Plan, Planner, is_computed, is_weight_merge
 from .model_graph import ModelGraph, value_of
-from .native import BuiltSegment, GeneratedKernel, build_segments, start_kernels
 from .ops import definition_of
-from .packing import pack
+from .packing import PanelPacking
 from .regions import PackedWeight
 from .segments import Segment, dependencies, exported_nodes, schedule
+from .steps import Step, driver_function, make_steps, step_name
 from .target import language_of
 
 _NO_KERNELS = 'codegen="reference"'
@@ -61,11 +60,12 @@ def _lowered(model_graph: ModelGraph, plan: Plan, config: CodegenConfig) -> Prog
     exported = exported_nodes(model_graph.graph, plan)
     segments = [item for item in items if isinstance(item, Segment)]
     language = language_of(config, _device_of(model_graph)) or "cpp"
-    built, kernels = build_segments(segments, exported, model_graph.weights, config, language) if segments else ([], {})
-    remaining = iter(built)
-    steps: list[BuiltSegment | fx.Node] = [next(remaining) if isinstance(item, Segment) else item for item in items]
-    program = _Driver(model_graph, plan, language).program(steps, kernels)
-    return replace(program, kernel_uses=kernel_uses(plan, config))
+    assembled, kernels = assemble_segments(segments, exported, model_graph.weights)
+    remaining = iter(assembled)
+    parts = [next(remaining) if isinstance(item, Segment) else item for item in items]
+    steps = make_steps([each.parts for each in assembled], kernels, config, language)
+    program = _Driver(model_graph, plan, language).program(parts, steps)
+    return replace(program, kernels=kernels, kernel_uses=kernel_uses(plan, config))
 
 
 def start_building_kernels(model_graph: ModelGraph, config: CodegenConfig) -> Future[Path] | None:
@@ -109,15 +109,15 @@ class _Driver:
         self._graph = fx.Graph()
         self._values: dict[fx.Node, Any] = {}
         self._packed: dict[PackedWeight, fx.Node] = {}
-        self._steps: dict[str, NativeStep | TritonStep] = {}
+        self._num_steps = 0
 
-    def program(self, steps: list[BuiltSegment | fx.Node], kernels: Mapping[str, GeneratedKernel]) -> Program:
-        inputs_of_steps = [source for step in steps if isinstance(step, BuiltSegment) for source in step.inputs]
+    def program(self, parts: list[AssembledSegment | fx.Node], steps: Sequence[Step]) -> Program:
+        inputs_of_steps = [source for part in parts if isinstance(part, AssembledSegment) for source in part.inputs]
         packed = dict.fromkeys(source for source in inputs_of_steps if isinstance(source, PackedWeight))
-        needed = self._needed(steps, [source for source in inputs_of_steps if isinstance(source, fx.Node)])
+        needed = self._needed(parts, [source for source in inputs_of_steps if isinstance(source, fx.Node)])
         merges = [node for node in needed if is_weight_merge(node)]
-        merged = tuple(MergedWeight(node.name, _source_names(node), _dim(node)) for node in merges)
-        merged_sources = {name for merge in merged for name in merge.sources}
+        merged = tuple(MergedWeight(node.name, _merge_sources(node), _dim(node)) for node in merges)
+        merged_sources = {name for merge in merged for name in merge.source_names}
         used = {node.name for node in needed if node.op == "placeholder"}
         kept = [name for name in self._model_graph.weights if name in used and name not in merged_sources]
         kept += [
@@ -132,13 +132,12 @@ class _Driver:
         sources = tuple(self._packed_source(weight, i) for i, weight in enumerate(packed))
         for name in self._model_graph.input_names:
             self._values[self._model_graph.placeholder(name)] = self._graph.placeholder(name)
-        for step in steps:
-            self._emit(step)
+        for part in parts:
+            self._emit(part)
         output = self._model_graph.output_node()
         self._graph.output(fx.node.map_arg(output.args[0], self._value))
-        function = fx.GraphModule(dict(self._steps), self._graph, "Program")
         return Program(
-            function.forward,
+            driver_function(self._graph, steps),
             (*kept, *(merge.name for merge in merged), *(source.name for source in sources)),
             self._model_graph.input_names,
             merged,
@@ -146,16 +145,18 @@ class _Driver:
             self._model_graph.mutated_inputs,
             tuple(executions(self._model_graph, self._plan, self._language)),
             self._model_graph.output_orders,
-            kernels,
-            tuple(self._steps.values()),
+            driver=self._graph,
+            steps=tuple(steps),
+            step_parts=tuple(part.parts for part in parts if isinstance(part, AssembledSegment)),
+            language=self._language,
             taken_apart=groups_taken_apart(self._plan),
         )
 
-    def _needed(self, steps: list[BuiltSegment | fx.Node], read: list[fx.Node]) -> list[fx.Node]:
+    def _needed(self, parts: list[AssembledSegment | fx.Node], read: list[fx.Node]) -> list[fx.Node]:
         """Nodes that the driver itself reads: what steps, calls and the output take, through views."""
         produced = {node for group in self._plan.groups for node in group.results}
         pending = [*read, *self._model_graph.output_node().all_input_nodes]
-        pending += [source for step in steps if isinstance(step, fx.Node) for source in step.all_input_nodes]
+        pending += [source for part in parts if isinstance(part, fx.Node) for source in part.all_input_nodes]
         found: set[fx.Node] = set()
         while pending:
             node = pending.pop()
@@ -173,20 +174,18 @@ class _Driver:
     def _packed_source(self, weight: PackedWeight, number: int) -> PackedWeightSource:
         name = f"packed_{number}_{weight.parts[0].name}"
         self._packed[weight] = self._graph.placeholder(name)
-        parts = tuple(_source_names(part) if is_weight_merge(part) else (part.name,) for part in weight.parts)
-        return PackedWeightSource(
-            name, parts, pack(weight.panel_format, weight.half_distance, is_transposed=weight.is_transposed)
-        )
+        parts = tuple(_merge_sources(part) if is_weight_merge(part) else (_source(part),) for part in weight.parts)
+        packing = PanelPacking(weight.panel_format, weight.half_distance, weight.is_transposed)
+        return PackedWeightSource(name, parts, packing)
 
-    def _emit(self, step: BuiltSegment | fx.Node) -> None:
-        if isinstance(step, fx.Node):
-            self._value(step)
+    def _emit(self, part: AssembledSegment | fx.Node) -> None:
+        if isinstance(part, fx.Node):
+            self._value(part)
             return
-        arguments = tuple(self._packed[s] if isinstance(s, PackedWeight) else self._value(s) for s in step.inputs)
-        name = f"native_step_{len(self._steps)}"
-        self._steps[name] = step.step
-        call = self._graph.call_module(name, arguments)
-        for i, node in enumerate(step.outputs):
+        arguments = tuple(self._packed[s] if isinstance(s, PackedWeight) else self._value(s) for s in part.inputs)
+        call = self._graph.call_module(step_name(self._num_steps), arguments)
+        self._num_steps += 1
+        for i, node in enumerate(part.outputs):
             self._values[node] = self._graph.call_function(operator.getitem, (call, i))
 
     def _value(self, node: fx.Node) -> Any:
@@ -204,8 +203,12 @@ class _Driver:
         return found
 
 
-def _source_names(merge: fx.Node) -> tuple[str, ...]:
-    return tuple(source.name for source in merge.args[0])  # type: ignore[union-attr]
+def _merge_sources(merge: fx.Node) -> tuple[WeightSource, ...]:
+    return tuple(_source(source) for source in merge.args[0])  # type: ignore[union-attr]
+
+
+def _source(weight: fx.Node) -> WeightSource:
+    return WeightSource(weight.name, tuple(int(extent) for extent in value_of(weight).shape))
 
 
 def _dim(node: fx.Node) -> int:

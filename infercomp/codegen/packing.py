@@ -1,8 +1,9 @@
-"""How a bound weight is put into panels."""
+"""How a bound weight is put into panels, and read out of them again."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -14,24 +15,48 @@ from .weight_panels import (
     pack_int4_panels,
     pack_int8_panels,
     plain_row_order,
+    unpack_float_panels,
+    unpack_int4_panels,
+    unpack_int8_panels,
 )
 
 HALF_PANEL = 16
-Pack = Callable[..., torch.Tensor]
+Shape = tuple[int, ...]
 
 
-def pack(panel_format: PanelFormat, half_distance: int, *, is_transposed: bool = False) -> Pack:
-    """A function of a weight's parts (values, then scales and zeros of 4-bit formats) to panels, uint8."""
+@dataclass(frozen=True)
+class PanelPacking:
+    """Parts of a weight (values, then scales and zeros of 4-bit formats) to panels of ``panel_format``, and back.
 
-    def packed(values: torch.Tensor, *scales: torch.Tensor) -> torch.Tensor:
-        values = values.t() if is_transposed else values
-        num_outputs = values.shape[0]
-        order = plain_row_order(num_outputs) if half_distance == HALF_PANEL else gated_row_order(num_outputs // 2)
-        if panel_format.group is not None:
+    ``half_distance`` is 16, or the width of the gate for gated activations. ``is_transposed`` says that the
+    values lie [K, N].
+    """
+
+    panel_format: PanelFormat
+    half_distance: int
+    is_transposed: bool = False
+
+    def pack(self, values: torch.Tensor, *scales: torch.Tensor) -> torch.Tensor:
+        values = values.t() if self.is_transposed else values
+        order = self._row_order(values.shape[0])
+        if self.panel_format.group is not None:
             return pack_int4_panels(_codes(values), scales[0], scales[1] if len(scales) > 1 else None, order)
-        return pack_int8_panels(values, order) if panel_format == INT8 else pack_float_panels(values, order)
+        return pack_int8_panels(values, order) if self.panel_format == INT8 else pack_float_panels(values, order)
 
-    return packed
+    def unpack(self, panels: torch.Tensor, shapes: Sequence[Shape]) -> tuple[torch.Tensor, ...]:
+        """The parts, of these shapes, that ``pack`` made the panels of, bit for bit."""
+        num_outputs, num_inputs = reversed(shapes[0]) if self.is_transposed else shapes[0]
+        order = self._row_order(num_outputs)
+        if self.panel_format.group is not None:
+            codes, *scales = unpack_int4_panels(panels, self.panel_format, order, num_outputs, 2 * num_inputs)
+            return (codes[:, ::2] | codes[:, 1::2] << 4, *scales)
+        unpacked = unpack_int8_panels if self.panel_format == INT8 else unpack_float_panels
+        values = unpacked(panels, order, num_outputs, num_inputs)
+        return (values.t().contiguous() if self.is_transposed else values,)
+
+    def _row_order(self, num_outputs: int) -> torch.Tensor:
+        is_plain = self.half_distance == HALF_PANEL
+        return plain_row_order(num_outputs) if is_plain else gated_row_order(num_outputs // 2)
 
 
 def _codes(packed: torch.Tensor) -> torch.Tensor:

@@ -130,6 +130,46 @@ def pack_int4_panels(q: Tensor, scales: Tensor, zeros: Tensor | None, row_order:
     return panels
 
 
+def unpack_float_panels(panels: Tensor, row_order: Tensor, num_outputs: int, num_inputs: int) -> Tensor:
+    """The weight [N, K] that ``pack_float_panels`` made ``panels`` of."""
+    return _unpack_words(panels, row_order, num_outputs, num_inputs)
+
+
+def unpack_int8_panels(panels: Tensor, row_order: Tensor, num_outputs: int, num_inputs: int) -> Tensor:
+    """The weight int8 [N, K] that ``pack_int8_panels`` made ``panels`` of."""
+    return _unpack_words(panels, row_order, num_outputs, num_inputs).bitwise_xor_(INT8_OFFSET).view(torch.int8)
+
+
+def unpack_int4_panels(
+    panels: Tensor, panel_format: PanelFormat, row_order: Tensor, num_outputs: int, num_inputs: int
+) -> tuple[Tensor, ...]:
+    """The values uint8 [N, K], scales and, where there are any, zero points that ``pack_int4_panels`` was given."""
+    assert panel_format.group is not None
+    num_groups, scales_at = num_inputs // panel_format.group, panel_format.group * PANEL // 2
+    q = torch.empty(num_outputs, num_inputs, dtype=torch.uint8)
+    scales = torch.empty(num_outputs, num_groups, dtype=torch.float16)
+    zeros = torch.empty(num_outputs, num_groups, dtype=torch.uint8)
+    for chunk, rows in _chunks(row_order):
+        groups = panels[chunk, : num_groups * panel_format.group_bytes].unflatten(1, (num_groups, -1))
+        # [p, group, word, 32, byte] to [p, 32, group, word, nibble, byte].
+        words = groups[:, :, :scales_at].unflatten(2, (-1, PANEL, 4)).permute(0, 3, 1, 2, 4)
+        _scatter(q, rows, torch.stack((words & 15, words >> 4), dim=4).flatten(2).flatten(0, 1))
+        ends = scales_at + PANEL * 2
+        lane_scales = groups[:, :, scales_at:ends].contiguous().view(torch.float16)
+        _scatter(scales, rows, lane_scales.transpose(1, 2).flatten(0, 1))
+        if panel_format.zero_points:
+            _scatter(zeros, rows, groups[:, :, ends:].transpose(1, 2).flatten(0, 1))
+    return (q, scales, zeros) if panel_format.zero_points else (q, scales)
+
+
+def _unpack_words(panels: Tensor, row_order: Tensor, num_outputs: int, num_inputs: int) -> Tensor:
+    weight = torch.empty(num_outputs, num_inputs, dtype=panels.dtype)
+    for chunk, rows in _chunks(row_order):
+        lanes = panels[chunk].transpose(1, 2).flatten(2)
+        _scatter(weight, rows, lanes[:, :, :num_inputs].flatten(0, 1))
+    return weight
+
+
 def _pack_words(weight: Tensor, row_order: Tensor, panel_format: PanelFormat) -> Tensor:
     num_inputs, per_word = weight.shape[1], panel_format.weights_per_word
     whole, rest = divmod(num_inputs, per_word)
@@ -163,3 +203,9 @@ def _gather(source: Tensor, rows: Tensor) -> Tensor:
     gathered = source.detach().index_select(0, rows.clamp(min=0))
     gathered[rows < 0] = 0
     return gathered
+
+
+def _scatter(destination: Tensor, rows: Tensor, lanes: Tensor) -> None:
+    """Each lane to the row that it is named after; what is named -1 goes nowhere."""
+    is_row = rows >= 0
+    destination[rows[is_row]] = lanes[is_row]

@@ -8,11 +8,21 @@ the weights exists and a change in place by the user is seen.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """A tensor that weights are made of."""
+
+    name: str
+    shape: Shape
 
 
 @dataclass(frozen=True)
@@ -20,21 +30,49 @@ class MergedWeight:
     """A weight laid out as ``sources`` end to end along ``dim``."""
 
     name: str
-    sources: tuple[str, ...]
+    sources: tuple[WeightSource, ...]
     dim: int
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        return tuple(source.name for source in self.sources)
+
+    def taken_apart(self, merged: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """The sources as views of what they were merged to."""
+        parts = merged.split([source.shape[self.dim] for source in self.sources], self.dim)
+        yield from zip(self.source_names, parts, strict=True)
+
+
+class Packing(Protocol):
+    """The layout that a kernel reads a weight's parts in."""
+
+    def pack(self, *parts: torch.Tensor) -> torch.Tensor: ...
+
+    def unpack(self, packed: torch.Tensor, shapes: Sequence[Shape]) -> tuple[torch.Tensor, ...]: ...
 
 
 @dataclass(frozen=True)
 class PackedWeightSource:
-    """A weight in the layout that a kernel reads: ``pack`` of its parts, each laid end to end from its sources."""
+    """A weight in the layout that a kernel reads, packed of its parts, each laid end to end from its sources."""
 
     name: str
-    parts: tuple[tuple[str, ...], ...]
-    pack: Callable[..., torch.Tensor]
+    parts: tuple[tuple[WeightSource, ...], ...]
+    packing: Packing
 
     @property
-    def sources(self) -> tuple[str, ...]:
-        return tuple(name for part in self.parts for name in part)
+    def source_names(self) -> tuple[str, ...]:
+        return tuple(source.name for part in self.parts for source in part)
+
+    def packed(self, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        parts = [[weights[source.name].detach() for source in sources] for sources in self.parts]
+        return self.packing.pack(*(part[0] if len(part) == 1 else torch.cat(part) for part in parts))
+
+    def taken_apart(self, packed: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """The sources again, bit for bit."""
+        shapes = [(sum(source.shape[0] for source in part), *part[0].shape[1:]) for part in self.parts]
+        for sources, part in zip(self.parts, self.packing.unpack(packed, shapes), strict=True):
+            pieces = part.split([source.shape[0] for source in sources])
+            yield from ((source.name, piece) for source, piece in zip(sources, pieces, strict=True))
 
 
 @dataclass(frozen=True)
@@ -76,9 +114,10 @@ class Program:
     """``function(*weights, *inputs)`` returns the new values of ``mutated_inputs``, then the outputs.
 
     ``output_orders`` says in which order of dimensions, outermost first, the caller expects each output
-    to lie in memory (None: as it comes). ``kernels`` says what each kernel was generated from, by name
-    (codegen's own type), ``steps`` are the native and Triton steps that call them, ``kernel_uses`` says what
-    for and how often, and ``fallbacks`` why kernels that were planned are not used.
+    to lie in memory (None: as it comes). ``fallbacks`` says why kernels that were planned are not used, and
+    ``kernel_uses`` what each is for and how often. In codegen's own types: ``kernels`` are what the kernels were
+    generated from, by name, in ``language`` "cpp" or "triton"; ``steps`` call them and are made of
+    ``step_parts``; ``driver`` is the graph that ``function`` runs.
     """
 
     function: Callable[..., Sequence[Any]]
@@ -90,7 +129,10 @@ class Program:
     ops: tuple[OpExecution, ...]
     output_orders: tuple[tuple[int, ...] | None, ...]
     kernels: Mapping[str, Any] = field(default_factory=dict)
+    driver: Any = None
     steps: tuple[Any, ...] = ()
+    step_parts: tuple[Any, ...] = ()
+    language: str = "cpp"
     kernel_uses: tuple[KernelUse, ...] = ()
     taken_apart: tuple[TakenApart, ...] = ()
     fallbacks: tuple[str, ...] = ()
@@ -101,25 +143,20 @@ class Program:
 
     def bind_releasing(self, weights: dict[str, torch.Tensor]) -> BoundProgram:
         """The same, and what is only packed leaves ``weights`` once it is: no second copy of all grows beside them."""
-        merges = {merge.name: _Merge(merge, [weights[name] for name in merge.sources]) for merge in self.merged_weights}
+        merges = {m.name: _Merge(m, [weights[name] for name in m.source_names]) for m in self.merged_weights}
         made = {name: merge.tensor for name, merge in merges.items()}
         with torch.inference_mode(False), torch.no_grad():
-            uses = Counter(name for packed in self.packed_weights for name in packed.sources)
-            uses.update([*self.weight_names, *(name for merge in self.merged_weights for name in merge.sources)])
+            uses = Counter(name for packed in self.packed_weights for name in packed.source_names)
+            uses.update([*self.weight_names, *(name for merge in self.merged_weights for name in merge.source_names)])
             for packed in self.packed_weights:
-                made[packed.name] = _packed(packed, weights)
-                uses.subtract(packed.sources)
-                for name in set(packed.sources):
+                made[packed.name] = packed.packed(weights)
+                uses.subtract(packed.source_names)
+                for name in set(packed.source_names):
                     if not uses[name]:
                         del weights[name]
         tensors = [made[name] if name in made else weights[name].detach() for name in self.weight_names]
         kept = tuple((weights[name], weights[name].data_ptr()) for name in self.weight_names if name not in made)
         return BoundProgram(self, tensors, tuple(merges.values()), kept)
-
-
-def _packed(weight: PackedWeightSource, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    parts = [[weights[name].detach() for name in names] for names in weight.parts]
-    return weight.pack(*(part[0] if len(part) == 1 else torch.cat(part) for part in parts))
 
 
 class _Merge:
@@ -188,6 +225,22 @@ class BoundProgram:
         """False once somebody has given a parameter other storage: bind again."""
         is_kept = all(weight.data_ptr() == address for weight, address in self._kept)
         return is_kept and all(merge.is_current() for merge in self._merges)
+
+    def source_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor that was bound, by name, as it was before it was merged or packed; each once."""
+        tensors = dict(zip(self.program.weight_names, self._weights, strict=True))
+        made: list[MergedWeight | PackedWeightSource] = [*self.program.merged_weights, *self.program.packed_weights]
+        seen: set[str] = {each.name for each in made}
+        for name, tensor in tensors.items():
+            if name not in seen:
+                seen.add(name)
+                yield name, tensor
+        for each in made:
+            if not seen.issuperset(each.source_names):
+                for name, tensor in each.taken_apart(tensors[each.name]):
+                    if name not in seen:
+                        seen.add(name)
+                        yield name, tensor
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         results = self.program.function(*self._weights, *inputs)

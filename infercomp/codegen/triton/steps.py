@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -11,15 +11,15 @@ import torch
 
 from ...runtime.errors import BuildError
 from ...runtime.triton_step import KernelLaunch, TritonStep
-from ..specs import symbols_of
+from ..specs import KernelSpec, symbols_of
 from ..target import is_interpreted
 from .emit_specs import emit_spec
 from .kernel_text import Emitted
 from .module import LoadedKernel, load_kernel
 
 if TYPE_CHECKING:
-    from ..grouping import Group
-    from ..native import StepParts
+    from ..kernel_set import Kernels
+    from ..steps import StepParts
 
 _SIZE = re.compile(r"\bn(\d+)\b")
 
@@ -41,37 +41,35 @@ class LazyKernel:
 class TritonKernels:
     """The emitted specs of a program, by name."""
 
-    def __init__(self, groups: Sequence[Group], names: dict[int, str], origins: dict[str, list[str]]) -> None:
+    def __init__(self, kernels: Kernels) -> None:
         self.emitted: dict[str, Emitted] = {}
         self._kernels: dict[str, LazyKernel] = {}
+        self._specs = {name: kernel.spec for name, kernel in kernels.items()}
         if is_interpreted():
-            _require_no_bfloat16(groups)
-        for group in groups:
-            name = names[id(group)]
-            if name in self.emitted:
-                continue
-            emitted = self.emitted[name] = emit_spec(group.spec, name)
-            header = "".join(f"# {line}\n" for line in origins[name])
+            _require_no_bfloat16(self._specs.values())
+        for name, kernel in kernels.items():
+            emitted = self.emitted[name] = emit_spec(kernel.spec, name)
+            header = "".join(f"# {line}\n" for line in kernel.origin)
             self._kernels |= {launch.name: LazyKernel(header + launch.text) for launch in emitted.launches}
 
     @property
     def texts(self) -> tuple[str, ...]:
         return tuple(kernel.text for kernel in self._kernels.values())
 
-    def step(self, parts: StepParts, groups: Sequence[Group]) -> TritonStep:
-        """The step of one segment; ``groups`` are those of ``parts.calls``, in the same order."""
+    def step(self, parts: StepParts) -> TritonStep:
+        """The step of one segment."""
         launches: list[KernelLaunch] = []
         workspaces: dict[int, list[str]] = {}
-        for call, group in zip(parts.calls, groups, strict=True):
-            emitted = self.emitted[call.kernel]
-            sizes = dict(zip((symbol.name for symbol in symbols_of(group.spec)), call.symbols, strict=True))
+        for call in parts.calls:
+            emitted, spec = self.emitted[call.kernel], self._specs[call.kernel]
+            sizes = dict(zip((symbol.name for symbol in symbols_of(spec)), call.symbols, strict=True))
             for i, text in enumerate(emitted.workspaces):
                 workspaces.setdefault(i, []).append(f"4 * ({_renamed(text, sizes)})")
             launches += [
                 KernelLaunch(
                     self._kernels[launch.name],
                     call.operands,
-                    tuple(buffer.dtype for buffer in group.spec.buffers),
+                    tuple(buffer.dtype for buffer in spec.buffers),
                     len(emitted.workspaces),
                     call.symbols,
                     tuple(_renamed(extent, sizes) for extent in launch.grid),  # type: ignore[arg-type]
@@ -86,9 +84,9 @@ class TritonKernels:
         )
 
 
-def _require_no_bfloat16(groups: Sequence[Group]) -> None:
+def _require_no_bfloat16(specs: Iterable[KernelSpec]) -> None:
     """The interpreter truncates to bfloat16 and multiplies its bits as integers."""
-    if any(buffer.dtype == torch.bfloat16 for group in groups for buffer in group.spec.buffers):
+    if any(buffer.dtype == torch.bfloat16 for spec in specs for buffer in spec.buffers):
         raise BuildError(
             "Triton's interpreter does not compute bfloat16", field="dtype", remedy="interpret a float32 model"
         )

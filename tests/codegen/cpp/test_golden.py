@@ -12,7 +12,7 @@ from graph_testing import captured
 
 from infercomp.codegen.cpp.emit import emit_units
 from infercomp.codegen.grouping import Planner
-from infercomp.codegen.native import origin_of
+from infercomp.codegen.kernel_set import origin_of
 from infercomp.codegen.specs import spec_name
 from infercomp.passes.config import PassConfig
 from infercomp.passes.pipeline import run_pipeline

@@ -84,7 +84,7 @@ def test_what_is_only_packed_leaves_once_it_is() -> None:
     program, weights = _program(module, x, owns_weights=True)
     given = dict(weights)
     released = program.bind_releasing(given)
-    packed = {name for source in program.packed_weights for name in source.sources}
+    packed = {name for source in program.packed_weights for name in source.source_names}
     assert packed and not packed & set(given)
     assert set(weights) - packed == set(given), "a bias is read as it is"
     for one, other in zip(released(x), program.bind(weights)(x), strict=True):

@@ -1,8 +1,7 @@
-"""From segments to native steps: kernels emitted and built, operands numbered, sizes found."""
+"""From segments to the parts of steps: operands numbered, sizes found, kernels named."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Container, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -12,126 +11,41 @@ import sympy
 import torch
 from torch import fx
 
-from ..runtime.native_step import KernelCall, NativeStep, OutputSpec, SizeSource
-from ..runtime.triton_step import TritonStep
+from ..runtime.native_step import KernelCall, OutputSpec, SizeSource
 from .config import CodegenConfig
-from .cpp.emit import emit_units
-from .cpp.toolchain import SUPPORT, build_library, start_building
-from .grouping import Group, is_weight_merge
+from .grouping import is_weight_merge
 from .indexing import size_expr
+from .kernel_set import GeneratedKernel, kernels_of, start_library
 from .lazy_tensor import Refused
-from .model_graph import source_line, value_of
-from .overrides import check_overrides, read_overrides
+from .model_graph import value_of
 from .regions import PackedWeight, Source
 from .segments import Segment, plan_arena
-from .specs import KernelSpec, spec_name, symbols_of
-from .triton.steps import TritonKernels
+from .specs import symbols_of
+from .steps import StepParts
 
 
 @dataclass(frozen=True)
-class GeneratedKernel:
-    """A kernel's spec, and the ops that it was first made from."""
+class AssembledSegment:
+    """A step's parts, the graph nodes or packed weights it takes, and the nodes it returns."""
 
-    spec: KernelSpec
-    ops: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class BuiltSegment:
-    """A step, the graph nodes or packed weights it takes, and the nodes it returns."""
-
-    step: NativeStep | TritonStep
+    parts: StepParts
     inputs: tuple[Source, ...]
     outputs: tuple[fx.Node, ...]
 
 
-@dataclass(frozen=True)
-class StepParts:
-    """What a step is made of, whatever its kernels are written in."""
-
-    calls: tuple[KernelCall, ...]
-    sizes: tuple[SizeSource, ...]
-    slot_bytes: tuple[str, ...]
-    outputs: tuple[OutputSpec, ...]
-    num_inputs: int
-    weight_inputs: tuple[int, ...]
-
-
-def build_segments(
-    segments: Sequence[Segment],
-    exported: set[fx.Node],
-    weights: Container[str],
-    config: CodegenConfig,
-    language: str = "cpp",
-) -> tuple[list[BuiltSegment], dict[str, GeneratedKernel]]:
-    """All segments of a program, over one library of C++ kernels or with Triton's, and the kernels by name."""
+def assemble_segments(
+    segments: Sequence[Segment], exported: set[fx.Node], weights: Container[str]
+) -> tuple[list[AssembledSegment], dict[str, GeneratedKernel]]:
+    """The parts of a step for each segment, and the kernels that they call by name."""
     leaving = exported | _read_by_other_segments(segments)
-    named = _named(segments)
-    assemblies = [_Assembly(segment, leaving, named.names, weights) for segment in segments]
-    if language == "triton":
-        triton_kernels = TritonKernels(named.groups, named.names, named.origins)
-        return [assembly.built_for_triton(triton_kernels) for assembly in assemblies], named.kernels
-    executor = start_executor(config)
-    library = build_library(named.units(config), config)
-    return [assembly.built(library, executor.result()) for assembly in assemblies], named.kernels
-
-
-def start_executor(config: CodegenConfig) -> Future[Path]:
-    """Start to build what runs the kernels of every program."""
-    return start_building([(SUPPORT / "executor.cpp").read_text()], config)
+    kernels, names = kernels_of([group for segment in segments for group in segment.groups])
+    return [_Assembly(segment, leaving, names, weights).assembled() for segment in segments], kernels
 
 
 def start_kernels(segments: Sequence[Segment], config: CodegenConfig) -> Future[Path]:
-    """Start to build the library that ``build_segments`` would wait for."""
-    return start_building(_named(segments).units(config), config)
-
-
-@dataclass(frozen=True)
-class _Named:
-    """The groups of a program, their kernels' names by the identity of a group, and what each name stands for."""
-
-    groups: list[Group]
-    names: dict[int, str]
-    kernels: dict[str, GeneratedKernel]
-    origins: dict[str, list[str]]
-
-    def units(self, config: CodegenConfig) -> list[str]:
-        """The C++ texts, those of ``kernel_overrides`` alone."""
-        overrides = read_overrides(config.kernel_overrides)
-        specs = {name: kernel.spec for name, kernel in self.kernels.items()}
-        check_overrides(overrides, specs, config.kernel_overrides)
-        generated = {name: spec for name, spec in specs.items() if name not in overrides}
-        return [*emit_units(generated, self.origins, os.cpu_count() or 1), *overrides.values()]
-
-
-def _named(segments: Sequence[Segment]) -> _Named:
-    named = _Named([group for segment in segments for group in segment.groups], {}, {}, {})
-    for group in named.groups:
-        name = named.names[id(group)] = spec_name(group.spec)
-        named.kernels.setdefault(name, GeneratedKernel(group.spec, _ops_of(group)))
-        named.origins.setdefault(name, origin_of(group))
-    return named
-
-
-def _ops_of(group: Group) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(str(node.target) for node in group.nodes))
-
-
-def origin_of(group: Group) -> list[str]:
-    """What a kernel was made from: ops, the passes that fused them, the first layer's nodes, and their lines."""
-    passes = dict.fromkeys(name for node in group.nodes for name in node.meta.get("fused_by", ()))
-    lines = dict.fromkeys(line for node in group.nodes if (line := source_line(node)))
-    return [
-        f"ops: {', '.join(_ops_of(group))}",
-        *([f"fused by: {', '.join(passes)}"] if passes else []),
-        f"nodes: {', '.join(node.name for node in group.nodes)}",
-        f"operands: {', '.join(f'b{i} = {_operand_name(each)}' for i, each in enumerate(group.operands))}",
-        *lines,
-    ]
-
-
-def _operand_name(operand: Source) -> str:
-    return operand.name if isinstance(operand, fx.Node) else f"packed {operand.parts[0].name}"
+    """Start to build the library that steps over these segments would wait for."""
+    kernels, _ = kernels_of([group for segment in segments for group in segment.groups])
+    return start_library(kernels, config)
 
 
 def _read_by_other_segments(segments: Sequence[Segment]) -> set[fx.Node]:
@@ -162,23 +76,9 @@ class _Assembly:
         self._symbols: dict[sympy.Symbol, int] = {}
         self._sizes: list[SizeSource] = []
 
-    def built(self, library: object, executor: object) -> BuiltSegment:
+    def assembled(self) -> AssembledSegment:
         parts = self._parts()
-        step = NativeStep(
-            library,  # type: ignore[arg-type]
-            executor,  # type: ignore[arg-type]
-            parts.calls,
-            parts.sizes,
-            parts.slot_bytes,
-            parts.outputs,
-            parts.num_inputs,
-            parts.weight_inputs,
-        )
-        return BuiltSegment(step, tuple(self._inputs), self._outputs)
-
-    def built_for_triton(self, kernels: TritonKernels) -> BuiltSegment:
-        step = kernels.step(self._parts(), self._segment.groups)
-        return BuiltSegment(step, tuple(self._inputs), self._outputs)
+        return AssembledSegment(parts, tuple(self._inputs), self._outputs)
 
     def _parts(self) -> StepParts:
         phases = [(group, self._segment.phases[id(group)]) for group in self._segment.groups]
