@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qw
 from infercomp.capture import _from_exported, _functional
 from infercomp.codegen.lower import lower
 from infercomp.codegen.ops import attention, int8_linear, paged_attention
-from infercomp.compiler import compile_graph
 from infercomp.config import parse_options
 from infercomp.passes.pipeline import run_pipeline
 from infercomp.runtime.decode_graphs import CudaCapture
 from infercomp.runtime.kv_pools import allocate_pools
 from infercomp.runtime.step import StepInputs
-from infercomp.served_model import ServedModel, capture_for_serving, position_limit
+from infercomp.served_model import ServedModel
+from infercomp.serving import compile_for_serving
 
 BLOCK_SIZE = 16
 _LLAMA = {"rope_theta": 500000.0, "max_position_embeddings": 8192, "num_key_value_heads": 8, "vocab_size": 128256}
@@ -247,11 +247,10 @@ def decode_cases(name: str, config: PretrainedConfig, device: str, with_inductor
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=_dtype(device)).eval().requires_grad_(False)
     batches, context = ((1, 3), 20) if device == "cpu" else ((1, 8, 64), 512)
-    captured, examples = capture_for_serving(model, position_limit(model))
     options = parse_options({"codegen": "triton", "block_size": BLOCK_SIZE, "max_num_seqs": max(batches)})
-    served = ServedModel(compile_graph(captured, options, examples, serving=True))
+    served = ServedModel(*compile_for_serving(model, None, options))
     num_blocks = max(batches) * (-(-context // BLOCK_SIZE))
-    pools = allocate_pools(served.cache_specs, num_blocks + 1, BLOCK_SIZE, device)
+    pools = allocate_pools(served.form.cache_specs, num_blocks + 1, BLOCK_SIZE, device)
     plain = served.with_pools(pools)
     step = served.with_graphs(pools, num_blocks, options.runtime, CudaCapture()) if device == "cuda" else plain
     ids = torch.randint(0, config.vocab_size, (max(batches), context))

@@ -18,7 +18,7 @@ from .codegen.triton.kernel_text import Launch
 from .config import Config
 from .passes.pipeline import run_pipeline
 from .runtime.errors import BuildError, ConfigError
-from .served_model import capture_for_serving, position_limit
+from .serving import capture_for_serving, position_limit
 
 MANIFEST_VERSION = 1
 

@@ -1,4 +1,4 @@
-"""The command line: ``infercomp generate``, ``explain``, ``dump``, ``build``, ``bench`` and ``demo``.
+"""The command line: ``infercomp generate``, ``explain``, ``dump``, ``build``, ``save``, ``bench`` and ``demo``.
 
 torch is imported inside of the commands, after their options were checked: ``--help`` and a mistake
 in an option cost no seconds. An `InfercompError` is shown as a panel and ends with exit code 2.
@@ -20,6 +20,8 @@ from infercomp.bench.command import bench
 from infercomp.dump_command import dump_kernels
 from infercomp.runtime.errors import InfercompError
 from infercomp.runtime.request import SamplingParams
+from infercomp.save_command import EPILOG as SAVE_EPILOG
+from infercomp.save_command import save
 from infercomp.shell_arguments import (
     EXIT_WRONG_ANSWER,
     DebugOption,
@@ -232,6 +234,7 @@ def demo(debug: DebugOption = False) -> None:
 
 app.command("dump", epilog="[bold]Example[/]\n\ninfercomp dump demo -o stages")(dump_kernels)
 app.command(epilog=BENCH_EPILOG)(bench)
+app.command(epilog=SAVE_EPILOG)(save)
 
 
 def _load_llm(model: str, dtype: DtypeName | None, options: Mapping[str, Any]) -> LLM:

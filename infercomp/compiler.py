@@ -7,17 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .codegen.attention_regions import UNIT
 from .codegen.lower import kernel_language, lower
 from .codegen.model_graph import ModelGraph
 from .config import Config
 from .dumps import Dump, open_dump
 from .kernel_files import kernel_files
 from .passes.config import PassConfig
-from .passes.graph_pass import PassRecord
 from .passes.pipeline import run_pipeline
+from .passes.record import PassRecord
 from .report import Report
 from .runtime.errors import FallbackWarning
+from .runtime.kv_pools import TILED_TOKENS
 from .runtime.program import Program
 
 _SIGNS_OF_A_TRANSFORMER = frozenset({"recognize_attention", "recognize_norm", "fuse_rope", "recognize_gated_mlp"})
@@ -55,7 +55,7 @@ def _for_kernels(model_graph: ModelGraph, config: Config) -> PassConfig:
     passes = config.passes
     if passes.kv_cache_layout != "auto":
         return passes
-    is_tiled = kernel_language(model_graph, config.codegen) == "cpp" and config.runtime.block_size % UNIT == 0
+    is_tiled = kernel_language(model_graph, config.codegen) == "cpp" and config.runtime.block_size % TILED_TOKENS == 0
     return replace(passes, kv_cache_layout="tiled" if is_tiled else "rows")
 
 

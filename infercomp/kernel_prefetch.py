@@ -23,7 +23,7 @@ from .codegen.target import language_of
 from .compiler import rewrite_graph
 from .config import Config
 from .runtime.errors import InfercompError
-from .served_model import capture_for_serving, position_limit
+from .serving import capture_for_serving, position_limit
 
 # Fewer are captured as quickly as they are copied.
 _WORTHWHILE_LAYERS = 6

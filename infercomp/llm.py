@@ -5,25 +5,23 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from .compiler import compile_graph
+from .artifact import is_artifact, load_artifact, save_artifact
 from .config import Config, parse_options
-from .kernel_prefetch import prefetch_kernels
-from .loading.loader import check_vocabulary, load
-from .passes.config import check_pass_names
-from .passes.pipeline import pass_names
+from .loading.loader import check_vocabulary, load, load_saved_tokenizer
 from .progress import request_progress
 from .report import Report
 from .runtime.decode_graphs import CudaCapture
 from .runtime.engine import Engine, StepModel
-from .runtime.errors import InputError, ModelLoadError
+from .runtime.errors import ConfigError, InputError, ModelLoadError
 from .runtime.kv_pools import allocate_pools, num_blocks_for
 from .runtime.request import RequestOutput, SamplingParams, checked_prompt
 from .runtime.step import StepInputs
-from .served_model import ServedModel, capture_for_serving, end_of_sequence_ids, position_limit
+from .served_model import ServedForm, ServedModel
 
 Prompt = str | Mapping[str, Any]
 _Encoded = tuple[str | None, Sequence[int]]
@@ -33,10 +31,11 @@ _DEFAULT_MAX_MODEL_LEN = 2048
 class LLM:
     """Generates from a causal language model with a KV cache that the compiler inserted.
 
-    ``model`` is a folder, a ``.gguf`` file, a hub id, or a module whose forward takes ``input_ids`` and
-    returns logits [1, tokens, vocabulary]; it is put in eval mode, and merged weights stay shared with
-    it. ``tokenizer`` is a Hugging Face tokenizer; without one, prompts are token ids. ``options`` are
-    those of ``infercomp.config.parse_options`` (``num_blocks``, ``max_num_seqs``, ``disable``, ``dump`` …).
+    ``model`` is a folder (of a checkpoint, or what ``save`` wrote), a ``.gguf`` file, a hub id, or a module
+    whose forward takes ``input_ids`` and returns logits [1, tokens, vocabulary]; it is put in eval mode, and
+    merged weights stay shared with it. ``tokenizer`` is a Hugging Face tokenizer; without one, prompts are
+    token ids. ``options`` are those of ``infercomp.config.parse_options`` (``num_blocks``, ``max_num_seqs``,
+    ``disable``, ``dump`` …); of a saved model, those that compiling depends on are fixed.
 
     Raises ModelLoadError for a bad source, CaptureError and ProofError for a model that cannot be
     served with a cache, ConfigError for a bad option.
@@ -50,29 +49,25 @@ class LLM:
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
-        self.config: Config = parse_options(options)
-        check_pass_names(self.config.passes, pass_names())
-        loaded = None
-        if isinstance(model, torch.nn.Module):
-            module = model if dtype is None else model.to(dtype)
-            check_vocabulary(module, tokenizer, type(module).__name__)
+        config = parse_options(options)
+        if is_artifact(model):
+            _require_saved_dtype(dtype)
+            form, weights = load_artifact(model, config)  # type: ignore[arg-type]
+            tokenizer = tokenizer or load_saved_tokenizer(Path(model).expanduser())  # type: ignore[arg-type]
         else:
-            loaded = load(model, dtype=dtype)
-            module, tokenizer = loaded.model, tokenizer or loaded.tokenizer
+            form, weights, tokenizer = _compiled(model, tokenizer, dtype, config)
+            # Weights are packed one after the other, and what nobody else holds goes as it is packed. Capturing
+            # leaves cycles behind that hold the module.
+            del model
+            gc.collect()
+        self.config: Config = form.config
         self.tokenizer = tokenizer
-        self.max_model_len = _max_model_len(module, self.config)
-        self.eos_token_ids = end_of_sequence_ids(module, tokenizer)
-        prefetch_kernels(module.eval(), self.config)
-        captured, examples = capture_for_serving(module, position_limit(module))
-        compiled = compile_graph(captured, self.config, examples, serving=True)
-        self.report: Report = compiled.report
-        # Weights are packed one after the other, and what nobody else holds goes as it is packed. Capturing leaves
-        # cycles behind that hold the module.
-        del module, loaded
-        gc.collect()
-        self._served = ServedModel(compiled)
+        self.max_model_len = _max_model_len(form.position_limit, form.config)
+        self.eos_token_ids = form.eos_token_ids
+        self.report: Report = form.report
+        self._served = ServedModel(form, weights)
         runtime = self.config.runtime
-        self.num_blocks = num_blocks_for(self._served.cache_specs, runtime)
+        self.num_blocks = num_blocks_for(form.cache_specs, runtime)
         self._engine = Engine(
             self._step_function(),
             runtime,
@@ -80,7 +75,7 @@ class LLM:
             max_model_len=self.max_model_len,
             eos_token_ids=self.eos_token_ids,
             tokenizer=tokenizer,
-            vocab_size=self._served.vocab_size,
+            vocab_size=form.vocab_size,
         )
         self._num_requests = 0
         self._outputs: dict[str, RequestOutput] = {}
@@ -89,7 +84,9 @@ class LLM:
         """The step over this model's caches; one that replays graphs has a spare block for what it pads."""
         runtime, served = self.config.runtime, self._served
         has_graphs = runtime.decode_graphs and served.runs_as_graph
-        pools = allocate_pools(served.cache_specs, self.num_blocks + int(has_graphs), runtime.block_size, served.device)
+        pools = allocate_pools(
+            served.form.cache_specs, self.num_blocks + int(has_graphs), runtime.block_size, served.device
+        )
         if not has_graphs:
             return served.with_pools(pools)
         return served.with_graphs(pools, self.num_blocks, runtime, CudaCapture())
@@ -98,6 +95,15 @@ class LLM:
     def stats(self) -> Any:
         """Counters of the engine: steps, tokens, preemptions, peak blocks."""
         return self._engine.stats
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the compiled model into ``folder``; ``LLM(folder)`` serves it with no tracing and no passes.
+
+        The folder holds the weights in safetensors, the tokenizer, and the program as data. It is made whole
+        or not at all; one that holds a saved model is replaced. Raises ConfigError for a folder that holds
+        something else or cannot be written, UnsupportedError for a program that cannot be saved.
+        """
+        save_artifact(self._served, self.tokenizer, Path(folder).expanduser())
 
     def generate(
         self,
@@ -179,10 +185,10 @@ class LLM:
 
     def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Teacher-forced logits [tokens, vocabulary] of one sequence, computed through a cache of its own."""
-        tokens = checked_prompt(token_ids, self.max_model_len + 1, self._served.vocab_size)
+        tokens = checked_prompt(token_ids, self.max_model_len + 1, self._served.form.vocab_size)
         runtime = self.config.runtime
         num_blocks = -(-len(tokens) // runtime.block_size)
-        pools = allocate_pools(self._served.cache_specs, num_blocks, runtime.block_size, self._served.device)
+        pools = allocate_pools(self._served.form.cache_specs, num_blocks, runtime.block_size, self._served.device)
         model = self._served.with_pools(pools)
         chunk = runtime.max_num_batched_tokens
         rows = [
@@ -267,8 +273,37 @@ def _params_per_prompt(
     return params
 
 
-def _max_model_len(module: torch.nn.Module, config: Config) -> int:
-    limit, wanted = position_limit(module), config.runtime.max_model_len
+def _compiled(
+    model: str | os.PathLike[str] | torch.nn.Module, tokenizer: Any, dtype: torch.dtype | None, config: Config
+) -> tuple[ServedForm, dict[str, torch.Tensor], Any]:
+    """The model compiled: its served form, its weights and its tokenizer."""
+    # A saved model needs none of the compiler.
+    from .kernel_prefetch import prefetch_kernels
+    from .passes.config import check_pass_names
+    from .passes.pipeline import pass_names
+    from .serving import compile_for_serving, position_limit
+
+    check_pass_names(config.passes, pass_names())
+    if isinstance(model, torch.nn.Module):
+        module = model if dtype is None else model.to(dtype)
+        check_vocabulary(module, tokenizer, type(module).__name__)
+    else:
+        loaded = load(model, dtype=dtype)
+        module, tokenizer = loaded.model, tokenizer or loaded.tokenizer
+    _max_model_len(position_limit(module), config)
+    prefetch_kernels(module.eval(), config)
+    return *compile_for_serving(module, tokenizer, config), tokenizer
+
+
+def _require_saved_dtype(dtype: torch.dtype | None) -> None:
+    if dtype is not None:
+        remedy = "leave it out, or load the original model with this dtype"
+        raise ConfigError("a saved model has the dtype that it was saved with", field="dtype", remedy=remedy)
+
+
+def _max_model_len(limit: int | None, config: Config) -> int:
+    """What is wanted, within the positions of the model."""
+    wanted = config.runtime.max_model_len
     if wanted is not None and limit is not None and wanted > limit:
         raise ModelLoadError(
             f"max_model_len={wanted} is beyond the model's {limit} positions",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, TypeVar
 
-from .passes.graph_pass import NearMiss, PassRecord, Site
+from .passes.record import NearMiss, PassRecord, Site
 from .runtime.program import KernelUse, OpExecution, TakenApart
 
 

@@ -1,100 +1,57 @@
-"""A causal language model as a step function: what it is captured as, and how a step reaches it."""
+"""A compiled model as a step function: what serving needs to know of it, and how a step reaches it."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .capture import capture_export
-from .codegen.model_graph import ModelGraph, value_of
-from .compiler import Compiled
+from .config import Config
+from .report import Report
 from .runtime.config import RuntimeConfig
 from .runtime.decode_graphs import Capture, DecodeGraphs
 from .runtime.kv_pools import KvCacheSpec
+from .runtime.program import Program
 from .runtime.step import STEP_INPUT_NAMES, StepInputs
 from .runtime.triton_step import TritonStep
 
-_POSITION_LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
-_CAPTURE_LENGTH = 7
 
+@dataclass(frozen=True)
+class ServedForm:
+    """All that a compiled model is served by, but its weights.
 
-class _Uncached(torch.nn.Module):
-    """The model's forward over one sequence, without a cache, as a function of ids and positions."""
+    ``config`` is what it was compiled with; ``position_limit`` the most positions, None where nothing limits
+    them; ``tensor_names`` maps the program's weights to the names of the model's own tensors, where they are
+    such; ``model_config`` is the model's own, None for a module that has none.
+    """
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self._options = {"use_cache": False} if "use_cache" in _parameters(model) else {}
-
-    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        return _logits(self.model(input_ids=input_ids, position_ids=position_ids, **self._options))
-
-
-class _UncachedWithoutPositions(_Uncached):
-    """The same for a model that counts positions by itself (ALiBi models)."""
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        return _logits(self.model(input_ids=input_ids, **self._options))
-
-
-def _parameters(model: torch.nn.Module) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(model.forward).parameters
-
-
-def _logits(output: Any) -> torch.Tensor:
-    return output if isinstance(output, torch.Tensor) else output.logits
-
-
-def capture_for_serving(
-    model: torch.nn.Module, max_positions: int | None
-) -> tuple[ModelGraph, dict[str, torch.Tensor]]:
-    """The uncached forward of ``model`` for every length, and the example inputs it was captured with."""
-    length = min(_CAPTURE_LENGTH, max_positions - 1) if max_positions else _CAPTURE_LENGTH
-    device = next(model.parameters()).device
-    examples = {"input_ids": torch.arange(1, length + 1, device=device)[None]}
-    wrapper: torch.nn.Module = _UncachedWithoutPositions(model)
-    if "position_ids" in _parameters(model):
-        examples["position_ids"] = torch.arange(length, device=device)[None]
-        wrapper = _Uncached(model)
-    # The last position is left to the proof: models guard on "longer than the table" exactly there.
-    limit = max_positions - 1 if max_positions else None
-    return capture_export(wrapper, examples, max_length=limit), examples
-
-
-def position_limit(model: torch.nn.Module) -> int | None:
-    """The number of positions that the model's config allows, or None where nothing limits them (ALiBi)."""
-    config = getattr(model, "config", None)
-    for name in _POSITION_LIMITS:
-        limit = getattr(config, name, None)
-        if isinstance(limit, int):
-            return limit
-    return None
-
-
-def end_of_sequence_ids(model: torch.nn.Module, tokenizer: Any) -> frozenset[int]:
-    """Ids that end a completion: the generation config's, else the config's, else the tokenizer's."""
-    for holder in (getattr(model, "generation_config", None), getattr(model, "config", None), tokenizer):
-        ids = getattr(holder, "eos_token_id", None)
-        if ids is not None:
-            return frozenset([ids] if isinstance(ids, int) else ids)
-    return frozenset()
+    program: Program
+    report: Report
+    config: Config
+    cache_specs: tuple[KvCacheSpec, ...]
+    vocab_size: int
+    device: torch.device
+    position_limit: int | None
+    eos_token_ids: frozenset[int]
+    tensor_names: Mapping[str, str]
+    model_config: Mapping[str, Any] | None
 
 
 class ServedModel:
-    """The compiled step with its weights bound."""
+    """The step of a served form with its weights bound; they leave ``weights`` as they are packed."""
 
-    def __init__(self, compiled: Compiled) -> None:
-        graph = compiled.model_graph
-        self._input_names = compiled.program.input_names
-        self.program = compiled.program
-        self._bound = compiled.program.bind_releasing(graph.weights)
-        self.cache_specs = _cache_specs(graph)
-        logits = value_of(graph.output_node().args[0][0])
-        self.vocab_size = int(logits.shape[-1])
-        self.device = logits.device
+    def __init__(self, form: ServedForm, weights: MutableMapping[str, torch.Tensor]) -> None:
+        self.form = form
+        self.program = form.program
+        self.device = form.device
+        self._input_names = form.program.input_names
+        self._bound = form.program.bind_releasing(weights)
+
+    def source_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor that was bound, by its name in the program."""
+        return self._bound.source_weights()
 
     @property
     def runs_as_graph(self) -> bool:
@@ -135,18 +92,3 @@ class ServedModel:
                 return self._bound(*given)[0][0]
 
         return step
-
-
-def _cache_specs(graph: ModelGraph) -> tuple[KvCacheSpec, ...]:
-    names = [
-        name.removesuffix("_key") for name in graph.input_names if name.startswith("layer_") and name.endswith("_key")
-    ]
-    specs = []
-    for name in names:
-        key, value = (value_of(graph.placeholder(f"{name}_{role}")) for role in ("key", "value"))
-        if key.dim() == 4:
-            specs.append(KvCacheSpec(name, int(key.shape[2]), int(key.shape[3]), int(value.shape[3]), key.dtype))
-        else:
-            heads, tile = int(key.shape[1]), int(key.shape[4])
-            specs.append(KvCacheSpec(name, heads, int(key.shape[2]) * tile, int(value.shape[3]), key.dtype, tile))
-    return tuple(specs)

@@ -59,7 +59,7 @@ def explained(model: str, dtype: DtypeName | None, options: Mapping[str, Any], t
     from infercomp.compiler import compile_graph
     from infercomp.config import parse_options
     from infercomp.loading.loader import load
-    from infercomp.served_model import capture_for_serving, position_limit
+    from infercomp.serving import capture_for_serving, position_limit
 
     config = parse_options(options)
     loaded = load(source, dtype=torch_dtype(dtype))

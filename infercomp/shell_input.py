@@ -110,7 +110,7 @@ def example_inputs(loaded: Any, text: str, examples: Mapping[str, torch.Tensor])
     import torch
 
     from infercomp.runtime.request import checked_prompt
-    from infercomp.served_model import position_limit
+    from infercomp.serving import position_limit
 
     if loaded.tokenizer is None:
         raise InputError("this model comes without a tokenizer", field="prompt", remedy="leave --prompt out")

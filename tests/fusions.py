@@ -9,7 +9,7 @@ import torch
 from graph_testing import captured, run_passes
 
 from infercomp.codegen.model_graph import ModelGraph
-from infercomp.passes.graph_pass import PassRecord
+from infercomp.passes.record import PassRecord
 
 RECOGNISERS = ("normalize", "recognize_linear", "recognize_norm", "fuse_rope", "recognize_gated_mlp", "merge_linears")
 

@@ -13,8 +13,9 @@ from torch.testing import FileCheck
 from infercomp.capture import _from_exported, _functional
 from infercomp.codegen.model_graph import ModelGraph
 from infercomp.passes.config import PassConfig
-from infercomp.passes.graph_pass import Pass, PassRecord
+from infercomp.passes.graph_pass import Pass
 from infercomp.passes.pipeline import PIPELINE, run_pipeline
+from infercomp.passes.record import PassRecord
 from infercomp.passes.verify import relative_error
 
 __all__ = [

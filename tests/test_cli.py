@@ -231,3 +231,18 @@ def test_an_interrupt_ends_with_130_and_no_traceback(tmp_path: Path) -> None:
 def test_process_stats_are_of_this_process() -> None:
     assert 0.0 < seconds_since_start() < 24 * 3600
     assert peak_memory_bytes() > 10 << 20
+
+
+def test_save_writes_a_model_that_generates_the_same(tiny_model: str, tmp_path: Path) -> None:
+    once = ("-p", "Once", "--max-tokens", "6")
+    expected, _ = run("generate", tiny_model, *once)
+    saved = str(tmp_path / "saved")
+    out, err = run("save", tiny_model, "-o", saved)
+    assert out == "" and "MiB" in err
+    assert run("generate", saved, *once)[0] == expected
+
+
+def test_save_leaves_other_folders_alone(tiny_model: str, tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("mine")
+    _, err = run("save", tiny_model, "-o", str(tmp_path), exit_code=2)
+    assert "ConfigError" in err and [path.name for path in tmp_path.iterdir()] == ["precious.txt"]

@@ -53,7 +53,7 @@ def _logits(
 ) -> dict[tuple[int, int], torch.Tensor]:
     """Logits of every token when sequences are computed together, cut as ``chunks`` says, in shuffled blocks."""
     block_size, num_blocks = 16 * shuffle.choice([1, 2, 3]), 40
-    pools = allocate_pools(llm._served.cache_specs, num_blocks, block_size)
+    pools = allocate_pools(llm._served.form.cache_specs, num_blocks, block_size)
     for pool in pools.values():
         pool.fill_(float("nan") if pool.is_floating_point() else 0)
     free = shuffle.sample(range(num_blocks), num_blocks)

@@ -20,8 +20,7 @@ from references import Float64Model, assert_errs_like_eager, assert_same_tokens,
 from small_llm import assert_idle
 from torch import nn
 
-import infercomp.llm as llm_module
-from infercomp import LLM, SamplingParams
+from infercomp import LLM, SamplingParams, serving
 from infercomp.demo_model import demo_model_path
 from infercomp.loading.loader import load
 from infercomp.runtime.engine import Engine
@@ -161,7 +160,7 @@ def test_no_length_is_captured_anew(served: Served, monkeypatch: pytest.MonkeyPa
         raise AssertionError("captured again")
 
     monkeypatch.setattr(torch.export, "export", refuse)
-    monkeypatch.setattr(llm_module, "compile_graph", refuse)
+    monkeypatch.setattr(serving, "compile_graph", refuse)
     for prompt in (PROMPTS[15], PROMPTS[19]):
         assert len(served.greedy((prompt,), 2)[0]) == 2
 

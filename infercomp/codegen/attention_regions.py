@@ -18,8 +18,6 @@ from .regions import Region, buffers_of, column_variable, named_arguments, row_v
 from .specs import AttentionSpec, Buffer, LoopSpec, PagedAttentionSpec, Store
 from .view_ops import as_position
 
-UNIT = 16
-
 
 def strided(region: Region, node: fx.Node) -> tuple[sympy.Expr, tuple[sympy.Expr, ...]]:
     """Offset and strides of a view of one buffer whose last dimension is contiguous; else NotRowMajor."""

@@ -148,7 +148,7 @@ class _Driver:
             driver=self._graph,
             steps=tuple(steps),
             step_parts=tuple(part.parts for part in parts if isinstance(part, AssembledSegment)),
-            language=self._language,
+            language=self._language if steps else "reference",
             taken_apart=groups_taken_apart(self._plan),
         )
 

@@ -91,9 +91,11 @@ def _load_folder(folder: Path, dtype: torch.dtype | None) -> tuple[Any, Any, tup
     if not (folder / "config.json").is_file():
         gguf_files = sorted(folder.glob("*.gguf"))
         remedy = f"load {gguf_files[0]} itself" if gguf_files else "give the folder that save_pretrained wrote"
+        if (folder / "infercomp.json").is_file():
+            remedy = "serve this saved model with LLM or infercomp generate; everything else wants the original"
         raise ModelLoadError("The folder has no config.json.", where=str(folder), remedy=remedy, field="config.json")
     stored_tensors = read_stored_tensors(folder)
-    tokenizer = _load_tokenizer(folder)  # before the weights: what parsing it takes is free again when they come
+    tokenizer = load_tokenizer(folder)  # before the weights: what parsing it takes is free again when they come
     model = build_safetensors_model(folder, stored_tensors, dtype)
     weight_files = sorted({str(tensor.path) for tensor in stored_tensors.values()})
     return model, tokenizer, tuple(weight_files)
@@ -109,13 +111,32 @@ def _load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[Any, Any, tuple[s
     return build_gguf_model(file, dtype), tokenizer, (str(path),)
 
 
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
+    """The tokenizer whose files are in ``folder``, None where there are none; ModelLoadError for broken ones."""
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return _read_tokenizer(AutoTokenizer, folder)
+
+
+def load_saved_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
+    """The same for a folder that a fast tokenizer has written: all of it is in the files, whatever its class was.
+
+    Finding the class would import the model's own code, and with it a compiler.
+    """
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    from transformers import PreTrainedTokenizerFast
+
+    return _read_tokenizer(PreTrainedTokenizerFast, folder)
+
+
+def _read_tokenizer(tokenizer_class: Any, folder: Path) -> PreTrainedTokenizerFast:
+    from transformers import PreTrainedTokenizerFast
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        tokenizer = tokenizer_class.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # tokenizer files fail in the parsers of several libraries
         raise _tokenizer_error(f"The tokenizer cannot be loaded: {error}", folder) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):

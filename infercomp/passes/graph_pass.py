@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import fx
 
 from ..codegen.model_graph import ModelGraph, source_line
 from .config import PassConfig
+from .record import NearMiss, Site
 
 InputAdapter = Callable[[Mapping[str, Any]], dict[str, Any]]
 
@@ -35,25 +36,6 @@ BIT_IDENTICAL = NumericClass("bit-identical", 0.0, is_widened=False)
 # Rounding that the user asked for. Its error is for the report; the bound only tells it from a wrong result: zeros
 # err by 1, and values that have nothing to do with the right ones by more.
 LOSSY = NumericClass("lossy", 0.5, is_widened=False, is_local=True)
-
-
-@dataclass(frozen=True)
-class Site:
-    """One match: ``replaced`` maps each old node's name to the name of the node now in its place."""
-
-    index: int
-    node: str
-    where: str | None
-    replaced: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class NearMiss:
-    """A place that looked like a match, with the reason why it is none."""
-
-    node: str
-    reason: str
-    where: str | None
 
 
 @dataclass(frozen=True)
@@ -119,20 +101,6 @@ class PassContext:
 
     def near_miss(self, node: fx.Node, reason: str) -> None:
         self.near_misses.append(NearMiss(node.name, reason, source_line(node)))
-
-
-@dataclass(frozen=True)
-class PassRecord:
-    """What one pass did: counts, places, reasons, cost in milliseconds, measured error."""
-
-    name: str
-    numeric_class: str
-    matches: int
-    skipped: int
-    sites: tuple[Site, ...]
-    near_misses: tuple[NearMiss, ...]
-    milliseconds: float
-    max_error: float | None = None
 
 
 def is_float_tensor(value: object) -> bool:

@@ -23,7 +23,7 @@ from .fuse_pointwise import FUSE_POINTWISE
 from .fuse_residual_norm import FUSE_RESIDUAL_NORM
 from .fuse_rope import FUSE_ROPE
 from .fuse_rotary_write import FUSE_ROTARY_WRITE
-from .graph_pass import MatchBudget, Pass, PassContext, PassRecord
+from .graph_pass import MatchBudget, Pass, PassContext
 from .merge_linears import MERGE_LINEARS
 from .normalize import NORMALIZE
 from .page_attention import PAGE_ATTENTION
@@ -33,6 +33,7 @@ from .recognize_gated_mlp import RECOGNIZE_GATED_MLP
 from .recognize_linear import RECOGNIZE_LINEAR
 from .recognize_masks import RECOGNIZE_MASKS
 from .recognize_norm import RECOGNIZE_NORM
+from .record import PassRecord
 from .select_logit_rows import SELECT_LOGIT_ROWS
 from .verify import check_structure, measure, output_values, tape_of
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +11,9 @@ import torch
 
 from .config import RuntimeConfig
 from .errors import ConfigError
+
+# Kernels that read a tiled cache take the keys of so many tokens at a time, whatever the dtype.
+TILED_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -91,5 +96,13 @@ def allocate_pools(
                     f"two layers want a pool named {pool_name!r}", remedy="give each layer its own name", field="name"
                 )
             shape = spec.pool(role).shape(num_blocks, block_size)
-            pools[pool_name] = torch.zeros(shape, dtype=spec.dtype, device=device)
+            pools[pool_name] = _zeros(shape, spec.dtype, torch.device(device))
     return pools
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor of zeros; on a CPU, pages that nothing is written to take no memory."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)

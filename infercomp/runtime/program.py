@@ -8,7 +8,7 @@ the weights exists and a change in place by the user is seen.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -115,9 +115,9 @@ class Program:
 
     ``output_orders`` says in which order of dimensions, outermost first, the caller expects each output
     to lie in memory (None: as it comes). ``fallbacks`` says why kernels that were planned are not used, and
-    ``kernel_uses`` what each is for and how often. In codegen's own types: ``kernels`` are what the kernels were
-    generated from, by name, in ``language`` "cpp" or "triton"; ``steps`` call them and are made of
-    ``step_parts``; ``driver`` is the graph that ``function`` runs.
+    ``kernel_uses`` what each is for and how often. ``language`` is "cpp" or "triton", or "reference" for a
+    program without kernels. In codegen's own types: ``kernels`` are what the kernels were generated from, by
+    name; ``steps`` call them and are made of ``step_parts``; ``driver`` is the graph that ``function`` runs.
     """
 
     function: Callable[..., Sequence[Any]]
@@ -132,7 +132,7 @@ class Program:
     driver: Any = None
     steps: tuple[Any, ...] = ()
     step_parts: tuple[Any, ...] = ()
-    language: str = "cpp"
+    language: str = "reference"
     kernel_uses: tuple[KernelUse, ...] = ()
     taken_apart: tuple[TakenApart, ...] = ()
     fallbacks: tuple[str, ...] = ()
@@ -141,7 +141,7 @@ class Program:
         """Fix the weights: ``weights`` holds every source and every weight that is no merge."""
         return self.bind_releasing(dict(weights))
 
-    def bind_releasing(self, weights: dict[str, torch.Tensor]) -> BoundProgram:
+    def bind_releasing(self, weights: MutableMapping[str, torch.Tensor]) -> BoundProgram:
         """The same, and what is only packed leaves ``weights`` once it is: no second copy of all grows beside them."""
         merges = {m.name: _Merge(m, [weights[name] for name in m.source_names]) for m in self.merged_weights}
         made = {name: merge.tensor for name, merge in merges.items()}

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from infercomp.codegen.ops import rotary_embedding, write_kv
 from infercomp.passes.config import PassConfig
 from infercomp.passes.pipeline import run_pipeline
-from infercomp.served_model import capture_for_serving
+from infercomp.serving import capture_for_serving
 
 
 def _graph(*disable: str):  # type: ignore[no-untyped-def]

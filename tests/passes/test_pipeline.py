@@ -11,8 +11,9 @@ from torch import nn
 
 from infercomp.codegen.model_graph import ModelGraph
 from infercomp.passes.config import PassConfig
-from infercomp.passes.graph_pass import Pass, PassContext, PassRecord
+from infercomp.passes.graph_pass import Pass, PassContext
 from infercomp.passes.pipeline import PIPELINE, check_order, pass_names, run_pipeline
+from infercomp.passes.record import PassRecord
 from infercomp.runtime.errors import ConfigError, PassError
 
 

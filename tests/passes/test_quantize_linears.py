@@ -31,8 +31,8 @@ from infercomp.codegen.ops import (
 from infercomp.demo_model import demo_model_path
 from infercomp.loading.loader import load
 from infercomp.passes.config import QUANTIZATION_SCHEMES, PassConfig
-from infercomp.passes.graph_pass import PassRecord
 from infercomp.passes.pipeline import PIPELINE, run_pipeline
+from infercomp.passes.record import PassRecord
 
 PASSES = ("normalize", "recognize_linear", "recognize_gated_mlp", "merge_linears", "quantize_linears")
 WIDTH, INNER, VOCABULARY = 128, 256, 50

@@ -14,7 +14,7 @@ from hypothesis import Phase, given, settings
 from infercomp.codegen.model_graph import ModelGraph, aten
 from infercomp.codegen.ops import attention
 from infercomp.passes import recognize_attention
-from infercomp.passes.graph_pass import PassRecord
+from infercomp.passes.record import PassRecord
 from infercomp.passes.verify import relative_error
 from infercomp.runtime.errors import VerificationError
 from tests.attention_spellings import Spelling, drawn_inputs, spelled, spellings

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from infercomp.codegen.model_graph import ModelGraph
 from infercomp.codegen.ops import attention
 from infercomp.passes import recognize_masks
-from infercomp.passes.graph_pass import PassRecord
 from infercomp.passes.mask_proof import MaskSpec
+from infercomp.passes.record import PassRecord
 from infercomp.runtime.errors import VerificationError
 from tests.graph_testing import assert_graph_agrees, captured, count, run_passes
 

@@ -11,7 +11,8 @@ from graph_testing import FileCheck, assert_graph_agrees, captured, count, run_p
 from torch import fx
 
 from infercomp.codegen.model_graph import Emitter, ModelGraph
-from infercomp.passes.graph_pass import Pass, PassContext, PassRecord
+from infercomp.passes.graph_pass import Pass, PassContext
+from infercomp.passes.record import PassRecord
 from infercomp.passes.rewriting import Bindings, Pattern, Rule, apply_rules, call
 
 aten = torch.ops.aten

@@ -12,7 +12,7 @@ import transformers
 from infercomp.bench.prompt_text import text_tokens
 from infercomp.bench.protocol import Tokens, commands_of, serve, stopwatch
 from infercomp.loading.loader import load
-from infercomp.served_model import position_limit
+from infercomp.serving import position_limit
 
 
 class Eager:

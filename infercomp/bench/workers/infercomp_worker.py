@@ -25,7 +25,7 @@ class Infercomp:
         torch.set_num_threads(threads)
         with stopwatch() as watch:
             self.llm = LLM(model, dtype=getattr(torch, dtype) if dtype else None, **options)
-        activations: torch.dtype = self.llm._served.cache_specs[0].dtype
+        activations: torch.dtype = self.llm._served.form.cache_specs[0].dtype
         quantization = self.llm.config.passes.quantization
         name = str(activations).removeprefix("torch.")
         bits = QUANTIZATION_SCHEMES[quantization].weight_bits if quantization else min(32, activations.itemsize * 8)

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -63,7 +63,7 @@ def start_building(sources: Sequence[str], config: CodegenConfig) -> Future[Path
     """The same beside what the caller goes on to do; whoever asks for a library that is being built waits for it."""
     flags = _flags(config)
     folder = cache_folder(config.cache_dir)
-    library = folder / f"{_key(sources, flags)}.so"
+    library = folder / f"{_key(sources_digest(sources), flags)}.so"
     with _lock:
         future = _in_progress.get(library)
         if future is None:
@@ -118,7 +118,7 @@ class _Stopped(BuildError):
 
 def fingerprint(parts: Sequence[str], config: CodegenConfig) -> str:
     """A hash of ``parts`` and of all that a build depends on besides its sources."""
-    return _key(parts, _flags(config))
+    return _key(sources_digest(parts), _flags(config))
 
 
 def _build(sources: Sequence[str], flags: Sequence[str], workplace: Path, library: Path) -> None:
@@ -151,12 +151,28 @@ def _run(command: Sequence[str], place: Path) -> None:
         )
 
 
-def _key(sources: Sequence[str], flags: Sequence[str]) -> str:
+def cached_library(digest: str, config: CodegenConfig) -> Path | None:
+    """The library of the texts with this ``sources_digest``, if it has been built."""
+    library = cache_folder(config.cache_dir) / f"{_key(digest, _flags(config))}.so"
+    return library if library.exists() else None
+
+
+def sources_digest(sources: Sequence[str]) -> str:
+    """What tells texts apart from all that compile otherwise."""
+    return _digest(map(_without_comments, sources))
+
+
+def _key(sources: str, flags: Sequence[str]) -> str:
+    """The name of what is built of the texts with this digest, on this machine."""
+    return _digest((sources, *flags, _compiler_version(), _support_text(), _processor()))[:24]
+
+
+def _digest(parts: Iterable[str]) -> str:
     digest = hashlib.sha256()
-    for part in (*map(_without_comments, sources), *flags, _compiler_version(), _support_text(), _processor()):
+    for part in parts:
         digest.update(part.encode())
         digest.update(b"\0")
-    return digest.hexdigest()[:24]
+    return digest.hexdigest()
 
 
 def _without_comments(source: str) -> str:

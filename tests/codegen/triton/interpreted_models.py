@@ -194,7 +194,7 @@ def test_padded_decoding_steps_give_the_same_tokens(llm: infercomp.LLM) -> None:
         return lambda: step(inputs)
 
     served, runtime = llm._served, llm.config.runtime
-    pools = allocate_pools(served.cache_specs, 9, runtime.block_size)
+    pools = allocate_pools(served.form.cache_specs, 9, runtime.block_size)
     graphs = served.with_graphs(pools, 8, runtime, recorded)
     plain_pools = {name: pool.clone() for name, pool in pools.items()}
     plain = served.with_pools(plain_pools)

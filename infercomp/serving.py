@@ -1,0 +1,121 @@
+"""From a causal language model to the form in which it is served: what it is captured as, and compiled to."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .capture import capture_export
+from .codegen.model_graph import ModelGraph, value_of
+from .compiler import compile_graph
+from .config import Config
+from .runtime.kv_pools import KvCacheSpec
+from .served_model import ServedForm
+
+_POSITION_LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
+_CAPTURE_LENGTH = 7
+
+
+class _Uncached(torch.nn.Module):
+    """The model's forward over one sequence, without a cache, as a function of ids and positions."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self._options = {"use_cache": False} if "use_cache" in _parameters(model) else {}
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        return _logits(self.model(input_ids=input_ids, position_ids=position_ids, **self._options))
+
+
+class _UncachedWithoutPositions(_Uncached):
+    """The same for a model that counts positions by itself (ALiBi models)."""
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return _logits(self.model(input_ids=input_ids, **self._options))
+
+
+def _parameters(model: torch.nn.Module) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(model.forward).parameters
+
+
+def _logits(output: Any) -> torch.Tensor:
+    return output if isinstance(output, torch.Tensor) else output.logits
+
+
+def capture_for_serving(
+    model: torch.nn.Module, max_positions: int | None
+) -> tuple[ModelGraph, dict[str, torch.Tensor]]:
+    """The uncached forward of ``model`` for every length, and the example inputs it was captured with."""
+    length = min(_CAPTURE_LENGTH, max_positions - 1) if max_positions else _CAPTURE_LENGTH
+    device = next(model.parameters()).device
+    examples = {"input_ids": torch.arange(1, length + 1, device=device)[None]}
+    wrapper: torch.nn.Module = _UncachedWithoutPositions(model)
+    if "position_ids" in _parameters(model):
+        examples["position_ids"] = torch.arange(length, device=device)[None]
+        wrapper = _Uncached(model)
+    # The last position is left to the proof: models guard on "longer than the table" exactly there.
+    limit = max_positions - 1 if max_positions else None
+    return capture_export(wrapper, examples, max_length=limit), examples
+
+
+def position_limit(model: torch.nn.Module) -> int | None:
+    """The number of positions that the model's config allows, or None where nothing limits them (ALiBi)."""
+    config = getattr(model, "config", None)
+    for name in _POSITION_LIMITS:
+        limit = getattr(config, name, None)
+        if isinstance(limit, int):
+            return limit
+    return None
+
+
+def end_of_sequence_ids(model: torch.nn.Module, tokenizer: Any) -> frozenset[int]:
+    """Ids that end a completion: the generation config's, else the config's, else the tokenizer's."""
+    for holder in (getattr(model, "generation_config", None), getattr(model, "config", None), tokenizer):
+        ids = getattr(holder, "eos_token_id", None)
+        if ids is not None:
+            return frozenset([ids] if isinstance(ids, int) else ids)
+    return frozenset()
+
+
+def compile_for_serving(
+    model: torch.nn.Module, tokenizer: Any, config: Config
+) -> tuple[ServedForm, dict[str, torch.Tensor]]:
+    """The served form of ``model``, and its weights by their names in the program."""
+    limit = position_limit(model)
+    captured, examples = capture_for_serving(model, limit)
+    compiled = compile_graph(captured, config, examples, serving=True)
+    logits = value_of(captured.output_node().args[0][0])
+    model_config: Any = getattr(model, "config", None)
+    form = ServedForm(
+        compiled.program,
+        compiled.report,
+        config,
+        _cache_specs(captured),
+        int(logits.shape[-1]),
+        logits.device,
+        limit,
+        end_of_sequence_ids(model, tokenizer),
+        {name: source.removeprefix("model.") for name, source in captured.weight_sources.items()},
+        json.loads(model_config.to_json_string()) if hasattr(model_config, "to_json_string") else None,
+    )
+    return form, captured.weights
+
+
+def _cache_specs(graph: ModelGraph) -> tuple[KvCacheSpec, ...]:
+    names = [
+        name.removesuffix("_key") for name in graph.input_names if name.startswith("layer_") and name.endswith("_key")
+    ]
+    specs = []
+    for name in names:
+        key, value = (value_of(graph.placeholder(f"{name}_{role}")) for role in ("key", "value"))
+        if key.dim() == 4:
+            specs.append(KvCacheSpec(name, int(key.shape[2]), int(key.shape[3]), int(value.shape[3]), key.dtype))
+        else:
+            heads, tile = int(key.shape[1]), int(key.shape[4])
+            specs.append(KvCacheSpec(name, heads, int(key.shape[2]) * tile, int(value.shape[3]), key.dtype, tile))
+    return tuple(specs)
