@@ -1,9 +1,11 @@
 """Cold start: from process start to the first token of the demo's answer, and the peak memory on the way.
 
 Every run is a fresh process that loads the model from disk with nothing compiled in advance. The
-answer is checked in the same run; a wrong one is an error, and no figure is written.
+answer is checked in the same run; a wrong one is an error, and no figure is written. With ``--saved`` the model
+is compiled and saved first, and every run starts from the saved one, its kernels in the cache.
 
     python benchmarks/cold_start.py --runs 5 --output benchmarks/results/cold_start.json
+    python benchmarks/cold_start.py --saved --dtype bfloat16 --quantization w8a8
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import argparse
 import json
 import os
 import platform
-import resource
+import shlex
 import statistics
 import subprocess
 import sys
@@ -20,39 +22,41 @@ import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from infercomp import LLM
 
 QUESTION = "What is the capital of France?"
 ANSWER = "The capital of France is Paris."
 PACKAGES = ("torch", "transformers", "infercomp")
 
 
-def measure_here(start: float) -> dict[str, float | str]:
+def measure_here(start: float, model: str) -> dict[str, float | str]:
     """Answer the question in this process; ``start`` is the clock at the process's start."""
     import infercomp
-    from infercomp.demo_model import demo_model_path
+    from infercomp.process_stats import peak_memory_bytes
 
-    llm = infercomp.LLM(demo_model_path())
+    llm = infercomp.LLM(model)
     ready = time.time()
-    messages = [{"role": "user", "content": QUESTION}]
-    llm.chat(messages, infercomp.SamplingParams(max_tokens=1, temperature=0.0))
+    answer_of(llm, 1)
     first_token = time.time()
-    answer = llm.chat(messages, infercomp.SamplingParams(max_tokens=32, temperature=0.0)).outputs[0].text
+    answer = answer_of(llm, 32)
     return {
         "answer": answer,
         "seconds_to_ready": ready - start,
         "seconds_to_first_token": first_token - start,
-        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_memory_mib": peak_memory_bytes() / (1 << 20),
     }
 
 
-def measure_fresh() -> dict[str, float | str]:
+def measure_fresh(model: str, cache: str, expected: str) -> dict[str, float | str]:
     """The same in a fresh process, with the time it takes to start Python included."""
-    with tempfile.TemporaryDirectory() as cache:
-        environment = {**os.environ, "INFERCOMP_CACHE_DIR": cache}
-        command = [sys.executable, __file__, "--child", repr(time.time())]
-        finished = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    environment = {**os.environ, "INFERCOMP_CACHE_DIR": cache}
+    command = [sys.executable, __file__, "--child", repr(time.time()), "--model", model]
+    finished = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     result: dict[str, float | str] = json.loads(finished.stdout.splitlines()[-1])
-    if result["answer"] != ANSWER:
+    if result["answer"] != expected:
         raise SystemExit(f"wrong answer: {result['answer']!r}; no figure is written")
     return result
 
@@ -69,33 +73,78 @@ def current_commit() -> str:
     return finished.stdout.strip()
 
 
+def answer_of(llm: LLM, max_tokens: int) -> str:
+    import infercomp
+
+    params = infercomp.SamplingParams(max_tokens=max_tokens, temperature=0.0)
+    text: str = llm.chat([{"role": "user", "content": QUESTION}], params).outputs[0].text
+    return text
+
+
+def save_model(folder: str, cache: str, dtype: str | None, quantization: str | None) -> tuple[int, str]:
+    """Save the compiled demo model; returns the bytes of its weights and what it answers, which names Paris."""
+    import torch
+
+    import infercomp
+    from infercomp.demo_model import demo_model_path
+
+    options = {"cache_dir": cache, "quantization": quantization}
+    llm = infercomp.LLM(demo_model_path(), dtype=getattr(torch, dtype) if dtype else None, **options)
+    llm.save(folder)
+    answer = answer_of(llm, 32)
+    if "Paris" not in answer:
+        raise SystemExit(f"wrong answer: {answer!r}; no figure is written")
+    return (Path(folder) / "model.safetensors").stat().st_size, answer
+
+
+def measured_runs(arguments: argparse.Namespace) -> tuple[list[dict[str, float | str]], dict[str, float | str]]:
+    """The runs, the answer that each of them gave, and the size of a saved model."""
+    from infercomp.demo_model import demo_model_path
+
+    runs: list[dict[str, float | str]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        model, kept = str(demo_model_path()), f"{scratch}/cache"
+        facts: dict[str, float | str] = {"answer_checked": ANSWER}
+        if arguments.saved:
+            model = f"{scratch}/saved"
+            num_bytes, answer = save_model(model, kept, arguments.dtype, arguments.quantization)
+            facts = {"answer_checked": answer, "weights_mib": num_bytes / (1 << 20)}
+        for number in range(arguments.runs):
+            # A run from the original model finds no kernels.
+            cache = kept if arguments.saved else f"{scratch}/cache{number}"
+            runs.append(measure_fresh(model, cache, str(facts["answer_checked"])))
+            print(f"run {number + 1}: {runs[-1]}", flush=True)
+    return runs, facts
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--saved", action="store_true", help="start from a saved model")
+    parser.add_argument("--dtype", help="of the saved model: bfloat16, float32")
+    parser.add_argument("--quantization", help="of the saved model")
     parser.add_argument("--child", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--model", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child is not None:
-        print(json.dumps(measure_here(arguments.child)))
+        print(json.dumps(measure_here(arguments.child, arguments.model)))
         return
-    runs = []
-    for number in range(arguments.runs):
-        runs.append(measure_fresh())
-        print(f"run {number + 1}: {runs[-1]}", flush=True)
+    runs, facts = measured_runs(arguments)
     figures = {
         name: {"median": statistics.median(values), "min": min(values), "max": max(values)}
         for name in ("seconds_to_ready", "seconds_to_first_token", "peak_memory_mib")
         if (values := [float(run[name]) for run in runs])
     }
     result = {
-        "command": f"python benchmarks/cold_start.py --runs {arguments.runs}",
+        "command": shlex.join(["python", "benchmarks/cold_start.py", *sys.argv[1:]]),
         "commit": current_commit(),
         "date": time.strftime("%Y-%m-%d"),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
-        "answer_checked": ANSWER,
+        **facts,
         "figures": figures,
     }
     text = json.dumps(result, indent=2)
