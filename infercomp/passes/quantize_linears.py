@@ -9,18 +9,20 @@
 Does nothing unless the option ``quantization`` names a scheme: ``w4a8-g32`` is 4-bit weights in groups of 32 channels
 and 8-bit activations; with ``a16`` activations stay floats; ``w8`` has one scale a row; ``-sym`` has no zeros.
 The LM head, and an embedding that shares its weight, have 8 bits in every scheme.
-Linears of one input share its quantisation; merged weights are quantised part by part.
+Linears of one input share its quantisation.
 
-Where the graph owns the weights (``frozen``), their integers replace them and the floats leave the graph. Elsewhere the
-user may change a parameter, or use the graph for another module: there the integers are computed from the parameter
-by ``quantize_weight_int8`` or ``quantize_weight_int4`` in the graph, and embeddings stay as they are.
+Where the graph owns the weights (``frozen``), their integers replace them and the floats leave the graph. Each part of
+a merged weight has integers of its own, and these are merged in its place; in ``weight_sources`` they have the names
+that the compressed-tensors format gives them. Elsewhere the user may change a parameter, or use the graph for another
+module: there the integers are computed from the parameter by ``quantize_weight_int8`` or ``quantize_weight_int4`` in
+the graph, and embeddings stay as they are.
 It comes after all passes that ask what a linear is, so that they need not know the quantised ones.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -115,7 +117,7 @@ class _Quantizer:
         is_int4, has_integer_input = scheme.weight_bits == 4, scheme.activation_bits == 8
         with self._model_graph.inserting_before(node) as emit:
             inputs = self._quantized_input(emit, node.args[0], scheme) if has_integer_input else [node.args[0]]
-            weights = [*self._quantized_weight(emit, node, scheme), self._whole_bias(bias)]
+            weights = [*self._quantized_weight(emit, node, scheme), bias]
             options = [scheme.group_size] * is_int4 + [value_of(node).dtype] * has_integer_input
             new = emit(_LINEARS[scheme.weight_bits, scheme.activation_bits], *inputs, *weights, *options)
         self._context.replace(site, node, new)
@@ -163,28 +165,28 @@ class _Quantizer:
         return _results(emit, emit(op, weight, *arguments))
 
     def _held(self, emit: Emitter, weight: fx.Node, transposed: bool, scheme: QuantizationScheme) -> list[fx.Node]:
-        """The parameter's integers, as weights of the graph."""
-        tensors = [self._model_graph.weights[source.name].detach() for source in _sources(weight)]
+        """The integers of each source as weights of the graph, and merges that lay them end to end."""
+        of_sources = [self._held_source(source, transposed, scheme) for source in _sources(weight)]
+        if len(of_sources) == 1:
+            return of_sources[0]
+        return [emit(merge_weights, list(parts)) for parts in zip(*of_sources, strict=True)]
+
+    def _held_source(self, source: fx.Node, transposed: bool, scheme: QuantizationScheme) -> list[fx.Node]:
+        tensor = self._model_graph.weights[source.name].detach()
         op, arguments = _weight_quantization(scheme)
         with torch.no_grad():
-            parts = _row_chunks(tensor.t() if transposed else tensor for tensor in tensors)
-            pieces = [op.definition(part, *arguments) for part in parts]
+            pieces = [op.definition(part, *arguments) for part in _row_chunks(tensor.t() if transposed else tensor)]
             results = [torch.cat(each) for each in zip(*pieces, strict=True)]
-        suffixes = [f"int{scheme.weight_bits}", "scale"] + ([] if scheme.is_symmetric else ["zero"])
-        names = [f"{_sources(weight)[0].name}_{suffix}" for suffix in suffixes]
-        return [self._add_weight(name, tensor) for name, tensor in zip(names, results, strict=False)]
+        suffixes = _suffixes(scheme)
+        return [self._add_weight(source, *each, result) for each, result in zip(suffixes, results, strict=False)]
 
-    def _whole_bias(self, bias: fx.Node | None) -> fx.Node | None:
-        """No merge remains where the weights are held."""
-        if bias is None or bias.target != merge_weights.overload or not self._model_graph.frozen:
-            return bias
-        tensors = [self._model_graph.weights[source.name].detach() for source in _sources(bias)]
-        return self._add_weight(f"{_sources(bias)[0].name}_merged", torch.cat(tensors))
-
-    def _add_weight(self, name: str, tensor: torch.Tensor) -> fx.Node:
+    def _add_weight(self, source: fx.Node, suffix: str, source_suffix: str, tensor: torch.Tensor) -> fx.Node:
         with self._model_graph.fake_mode:
             fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-        return self._model_graph.add_placeholder(name, fake, weight=tensor)
+        node = self._model_graph.add_placeholder(f"{source.name}{suffix}", fake, weight=tensor)
+        if source.name in self._model_graph.weight_sources:
+            self._model_graph.weight_sources[node.name] = self._model_graph.weight_sources[source.name] + source_suffix
+        return node
 
 
 def _parameters(node: fx.Node) -> tuple[fx.Node, fx.Node | None, bool]:
@@ -212,8 +214,14 @@ def _weight_quantization(scheme: QuantizationScheme) -> tuple[Any, list[Any]]:
     return quantize_weight_int4, [scheme.group_size, scheme.is_symmetric]
 
 
-def _row_chunks(weights: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    return [part for weight in weights for part in weight.split(max(1, _CHUNK_ELEMENTS // weight.shape[1]))]
+def _suffixes(scheme: QuantizationScheme) -> list[tuple[str, str]]:
+    """What is put behind a parameter's names, in the graph and among the sources, for each tensor made from it."""
+    integers = ("_int8", "") if scheme.weight_bits == 8 else ("_int4", "_packed")
+    return [integers, ("_scale", "_scale")] + ([] if scheme.is_symmetric else [("_zero", "_zero_point")])
+
+
+def _row_chunks(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return weight.split(max(1, _CHUNK_ELEMENTS // weight.shape[1]))
 
 
 def _results(emit: Emitter, call: fx.Node) -> list[fx.Node]:

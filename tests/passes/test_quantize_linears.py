@@ -15,7 +15,9 @@ from small_llm import assert_idle, byte_model, byte_tokenizer, make_llm
 from torch import nn
 
 from infercomp import LLM, SamplingParams
-from infercomp.codegen.model_graph import ModelGraph, aten
+from infercomp.codegen.config import CodegenConfig
+from infercomp.codegen.lower import lower
+from infercomp.codegen.model_graph import ModelGraph, aten, value_of
 from infercomp.codegen.ops import (
     int4_linear,
     int4_weight_linear,
@@ -100,12 +102,8 @@ def test_fires(name: str, bias: bool) -> None:
     model, scheme = Model(bias=bias), QUANTIZATION_SCHEMES[name]
     model_graph, record = quantized(model, name)
     assert (record.matches, record.near_misses) == (4, ())
-    assert (
-        count(model_graph, linear)
-        == count(model_graph, merge_weights)
-        == count(model_graph, aten.embedding.default)
-        == 0
-    )
+    assert count(model_graph, linear) == count(model_graph, aten.embedding.default) == 0
+    assert count(model_graph, merge_weights) == 3 - scheme.is_symmetric + bias
     body, head = LINEAR_OPS[scheme.weight_bits, scheme.activation_bits], LINEAR_OPS[8, scheme.activation_bits]
     assert count(model_graph, body) + count(model_graph, head) == (6 if body is head else 3)
     assert count(model_graph, head) == (3 if body is head else 1)
@@ -118,7 +116,8 @@ def test_fires(name: str, bias: bool) -> None:
 def test_the_graphs_text() -> None:
     model_graph, _ = quantized(Model(), "w4a8-g32")
     check = FileCheck().check("int8_embedding").check("quantize_per_token").check_same(", 32)")
-    check.check("int4_linear").check_same("%p_gate_weight_int4, %p_gate_weight_scale, %p_gate_weight_zero, None, 32")
+    merges = ", ".join(f"%merge_weights_default_{i}" for i in (1, 2, 3))
+    check.check("int4_linear").check_same(f"{merges}, None, 32")
     check.check("gated_activation").check("int4_linear").check_same("%p_down_weight_int4")
     check.check("quantize_per_token").check_same(f", {WIDTH})").check("int8_linear")
     check.check_same("_weight_int8, %p_").check_same("_weight_scale, None, torch.float32").run(text(model_graph))
@@ -137,13 +136,41 @@ def test_integers_replace_the_floats(name: str) -> None:
     assert set(model_graph.weight_sources) <= set(model_graph.weights)
 
 
-def test_merged_weights_are_the_integers_of_their_parts() -> None:
-    model = Model(bias=True)
-    model_graph, _ = quantized(model, "w8a8")
-    expected, scale = quantize_weight_int8(torch.cat([model.gate.weight, model.up.weight]).detach())
-    assert torch.equal(model_graph.weights["p_gate_weight_int8"], expected)
-    assert torch.equal(model_graph.weights["p_gate_weight_scale"], scale)
-    assert torch.equal(model_graph.weights["p_gate_bias_merged"], torch.cat([model.gate.bias, model.up.bias]))
+@pytest.mark.parametrize("name", ["w8a8", "w4a16-g32", "w4a16-g64-sym"])
+def test_each_part_of_a_merged_weight_has_its_integers(name: str) -> None:
+    model, scheme = Model(bias=True), QUANTIZATION_SCHEMES[name]
+    model_graph, _ = quantized(model, name)
+    is_int8 = scheme.weight_bits == 8
+    parts = (("int8", ""), ("scale", "_scale"), ("zero", "_zero_point"))
+    parts = parts if is_int8 else (("int4", "_packed"), *parts[1:])
+    for layer in ("gate", "up", "down"):
+        weight = getattr(model, layer).weight.detach()
+        arguments = [] if is_int8 else [scheme.group_size, scheme.is_symmetric]
+        expected = (quantize_weight_int8 if is_int8 else quantize_weight_int4)(weight, *arguments)
+        for (part, source), tensor in list(zip(parts, expected, strict=False))[: 3 - scheme.is_symmetric]:
+            assert torch.equal(model_graph.weights[f"p_{layer}_weight_{part}"], tensor)
+            assert model_graph.weight_sources[f"p_{layer}_weight_{part}"] == f"{layer}.weight{source}"
+    assert ("p_gate_weight_zero" in model_graph.weights) == (not scheme.is_symmetric)
+    op = LINEAR_OPS[scheme.weight_bits, scheme.activation_bits].overload
+    merged = next(node for node in model_graph.calls(op) if value_of(node).shape[-1] == 2 * INNER)
+    merges = [source for source in merged.all_input_nodes if source.target == merge_weights.overload]
+    sources = {tuple(model_graph.weight_sources[each.name] for each in merge.args[0]) for merge in merges}
+    suffixes = [source for _, source in parts[: 3 - scheme.is_symmetric]]
+    expected_sources = {tuple(f"{layer}.weight{suffix}" for layer in ("gate", "up")) for suffix in suffixes}
+    assert sources == expected_sources | {("gate.bias", "up.bias")}
+
+
+@pytest.mark.parametrize("name", ["w8a8", "w4a16-g32"])
+@pytest.mark.parametrize("codegen", ["reference", "cpp"])
+def test_integers_are_held_once(name: str, codegen: str) -> None:
+    """Binding leaves no integers beside those that the step reads: they are views of the merge, or gone."""
+    model_graph, _ = quantized(Model(tied=False, bias=True), name)
+    bound = lower(model_graph, CodegenConfig(codegen=codegen)).bind_releasing(model_graph.weights)
+    read = {tensor.untyped_storage().data_ptr() for tensor in bound._weights}
+    held = {tensor.untyped_storage().data_ptr() for tensor in model_graph.weights.values()}
+    assert held <= read
+    is_left = any(node.endswith(("int8", "int4")) for node in model_graph.weights)
+    assert is_left == (codegen == "reference")
 
 
 def test_large_weights_are_quantized_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
