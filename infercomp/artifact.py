@@ -2,7 +2,7 @@
 
     infercomp.json        what it is: options, passes' report, the program as data (see ``codegen.saved``)
     model.safetensors     its tensors, each once, under the model's own names where they have such
-    config.json           the model's own; absent where the tensors are not the floats that it speaks of
+    config.json           the model's own, with ``quantization_config``; absent where other tools could not read it
     tokenizer.json …      as the tokenizer writes them
 
 The folder holds data only: nothing in it is unpickled, imported or run.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -27,7 +28,9 @@ from . import __version__
 from .codegen.saved.dtypes import dtype_named
 from .codegen.saved.program_data import ProgramData, program_data, program_of
 from .config import Config
+from .loading.compressed_tensors import ZERO, program_form, quantization_config, stored_name, stored_tensors
 from .loading.safetensors_file import StoredTensor, read_safetensors_header
+from .passes.config import QUANTIZATION_SCHEMES, PassConfig
 from .report import Report
 from .runtime.config import describe
 from .runtime.errors import ConfigError, ModelLoadError, UnsupportedError
@@ -40,8 +43,17 @@ _REMEDY = "copy the saved model again, or save it anew"
 
 
 @dataclass(frozen=True)
+class StoredAs:
+    """A weight of the program: its tensor in ``model.safetensors``, and what it is in the program."""
+
+    tensor: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Manifest:
-    """``infercomp.json``; ``tensors`` maps the program's weights to the tensors of ``model.safetensors``."""
+    """``infercomp.json``; ``tensors`` says what each weight of the program is read from."""
 
     format: int
     infercomp: str
@@ -52,7 +64,7 @@ class Manifest:
     position_limit: int | None
     eos_token_ids: tuple[int, ...]
     cache_specs: tuple[KvCacheSpec, ...]
-    tensors: dict[str, str]
+    tensors: dict[str, StoredAs]
     report: Report
     program: ProgramData
 
@@ -113,44 +125,48 @@ def load_artifact(source: str | os.PathLike[str], config: Config) -> tuple[Serve
         torch.device(manifest.device),
         manifest.position_limit,
         frozenset(manifest.eos_token_ids),
-        dict(manifest.tensors),
+        {name: stored_as.tensor for name, stored_as in manifest.tensors.items()},
         json.loads(path.read_text()) if (path := folder / MODEL_CONFIG).is_file() else None,
     )
-    return form, StoredWeights({name: stored[tensor] for name, tensor in manifest.tensors.items()}, form.device)
+    return form, StoredWeights(stored, dict(manifest.tensors), form.device)
 
 
 class StoredWeights(MutableMapping[str, torch.Tensor]):
-    """Tensors by name, each read when it is first asked for and held until it is deleted."""
+    """A program's weights by name, each read when it is first asked for and held until it is deleted."""
 
-    def __init__(self, stored: dict[str, StoredTensor], device: torch.device) -> None:
+    def __init__(self, stored: dict[str, StoredTensor], weights: dict[str, StoredAs], device: torch.device) -> None:
         self._stored = stored
+        self._weights = weights
         self._device = device
         self._read: dict[str, torch.Tensor] = {}
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self._read:
-            self._read[name] = self._stored[name].read().to(self._device)
+            wanted = self._weights[name]
+            stored = self._stored[wanted.tensor].read()
+            self._read[name] = program_form(wanted.tensor, stored, wanted.shape, wanted.dtype).to(self._device)
         return self._read[name]
 
     def __setitem__(self, name: str, value: torch.Tensor) -> None:
         self._read[name] = value
 
     def __delitem__(self, name: str) -> None:
-        del self._stored[name]
+        del self._weights[name]
         self._read.pop(name, None)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._stored)
+        return iter(self._weights)
 
     def __len__(self) -> int:
-        return len(self._stored)
+        return len(self._weights)
 
 
 def _write(served: ServedModel, tokenizer: Any, folder: Path) -> None:
     from safetensors.torch import save_file
 
     form = served.form
-    tensors, names = _named_tensors(served)
+    activation_bits = _activation_bits(form.config.passes)
+    weights, names = _named_weights(served, activation_bits)
     manifest = Manifest(
         FORMAT,
         __version__,
@@ -165,27 +181,34 @@ def _write(served: ServedModel, tokenizer: Any, folder: Path) -> None:
         form.report,
         program_data(form.program, form.config.codegen),
     )
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(stored_tensors(weights), folder / WEIGHTS, metadata={"format": "pt"})
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    if form.model_config is not None and all(tensor.is_floating_point() for tensor in tensors.values()):
-        (folder / MODEL_CONFIG).write_text(json.dumps(form.model_config, indent=2) + "\n")
+    if form.model_config is not None:
+        quantization = quantization_config(weights, activation_bits)
+        config = {**form.model_config, **({"quantization_config": quantization} if quantization else {})}
+        (folder / MODEL_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest, enc_hook=_encoded), indent=1))
 
 
-def _named_tensors(served: ServedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors to write, and which of them each weight of the program is; names of one memory share it."""
-    tensors: dict[str, torch.Tensor] = {}
-    names: dict[str, str] = {}
+def _named_weights(served: ServedModel, activation_bits: int) -> tuple[dict[str, torch.Tensor], dict[str, StoredAs]]:
+    """The weights by their names in the file, and which of them each name in the program is; one memory is one."""
+    weights: dict[str, torch.Tensor] = {}
+    names: dict[str, StoredAs] = {}
     known: dict[tuple[Any, ...], str] = {}
     for name, tensor in served.source_weights():
         key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
         if key not in known:
-            wanted = served.form.tensor_names.get(name, name)
-            known[key] = wanted if wanted not in tensors else name
-            tensors[known[key]] = tensor.detach().cpu().contiguous()
-        names[name] = known[key]
-    return tensors, names
+            wanted = stored_name(served.form.tensor_names.get(name, name), tensor, activation_bits)
+            known[key] = wanted if wanted not in weights else name
+            weights[known[key]] = tensor.detach().cpu().contiguous()
+        names[name] = StoredAs(known[key], tensor.dtype, tuple(tensor.shape))
+    return weights, names
+
+
+def _activation_bits(passes: PassConfig) -> int:
+    scheme = QUANTIZATION_SCHEMES[passes.quantization] if passes.quantization else None
+    return scheme.activation_bits if scheme else 16
 
 
 def _unwritable(folder: Path, error: OSError) -> ConfigError:
@@ -258,9 +281,12 @@ def _fixed(name: str, asked: object, has: object) -> ConfigError:
 def _check_tensors(manifest: Manifest, stored: Mapping[str, StoredTensor], path: Path) -> None:
     """Every weight that binding asks for is there, in the shape that it is laid out for."""
     for name, shape in manifest.program.sources.items():
-        tensor = stored.get(manifest.tensors.get(name, ""))
-        if tensor is None:
+        wanted = manifest.tensors.get(name)
+        tensor = stored.get(wanted.tensor) if wanted else None
+        if wanted is None or tensor is None:
             raise ModelLoadError(f"The file lacks the tensor of {name}.", where=str(path), remedy=_REMEDY, field=name)
-        if shape is not None and tensor.shape != shape:
-            what = f"The tensor has shape {tensor.shape} where the program wants {shape}."
+        num_bytes = math.prod(wanted.shape) * wanted.dtype.itemsize
+        is_zeros = wanted.tensor.endswith(ZERO)
+        if (shape is not None and wanted.shape != shape) or (tensor.num_bytes != num_bytes and not is_zeros):
+            what = f"The tensor has shape {tensor.shape} where the program wants {wanted.shape} of {wanted.dtype}."
             raise ModelLoadError(what, where=f"{path}, {tensor.name}", remedy=_REMEDY, field=tensor.name)

@@ -24,7 +24,7 @@ class ServedForm:
 
     ``config`` is what it was compiled with; ``position_limit`` the most positions, None where nothing limits
     them; ``tensor_names`` maps the program's weights to the names of the model's own tensors, where they are
-    such; ``model_config`` is the model's own, None for a module that has none.
+    such; ``model_config`` is the model's own, None where its tensors are not what other tools would load by it.
     """
 
     program: Program

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from .capture import capture_export
 from .codegen.model_graph import ModelGraph, value_of
 from .compiler import compile_graph
 from .config import Config
+from .loading.compressed_tensors import SCALE
 from .runtime.kv_pools import KvCacheSpec
 from .served_model import ServedForm
 
@@ -90,7 +91,7 @@ def compile_for_serving(
     captured, examples = capture_for_serving(model, limit)
     compiled = compile_graph(captured, config, examples, serving=True)
     logits = value_of(captured.output_node().args[0][0])
-    model_config: Any = getattr(model, "config", None)
+    names = {name: source.removeprefix("model.") for name, source in captured.weight_sources.items()}
     form = ServedForm(
         compiled.program,
         compiled.report,
@@ -100,10 +101,21 @@ def compile_for_serving(
         logits.device,
         limit,
         end_of_sequence_ids(model, tokenizer),
-        {name: source.removeprefix("model.") for name, source in captured.weight_sources.items()},
-        json.loads(model_config.to_json_string()) if hasattr(model_config, "to_json_string") else None,
+        names,
+        _checkpoint_config(model, names.values()),
     )
     return form, captured.weights
+
+
+def _checkpoint_config(model: Any, names: Iterable[str]) -> dict[str, Any] | None:
+    """The model's config if other tools could load tensors of these names with it: they know quantised linears only."""
+    config: Any = getattr(model, "config", None)
+    modules = dict(model.named_modules())
+    quantized = [modules[name.removesuffix(SCALE)] for name in names if name.endswith(SCALE)]
+    others = [module for module in modules.values() if not isinstance(module, torch.nn.Linear)]
+    elsewhere = {id(parameter) for module in others for parameter in module.parameters(recurse=False)}
+    is_known = all(isinstance(m, torch.nn.Linear) and id(m.weight) not in elsewhere for m in quantized)
+    return json.loads(config.to_json_string()) if is_known and hasattr(config, "to_json_string") else None
 
 
 def _cache_specs(graph: ModelGraph) -> tuple[KvCacheSpec, ...]:

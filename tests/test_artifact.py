@@ -16,7 +16,7 @@ from families import DECODERS
 from small_llm import byte_model, byte_tokenizer, make_llm
 
 from infercomp import LLM, ConfigError, ModelLoadError, SamplingParams, UnsupportedError
-from infercomp.artifact import MANIFEST, MODEL_CONFIG, WEIGHTS
+from infercomp.artifact import MANIFEST, WEIGHTS
 from infercomp.loading.loader import load
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
@@ -104,7 +104,6 @@ def test_kernels_of_a_saved_model_give_the_same_bits(
     expected = llm.logits(TOKENS)
     served = LLM(saved(llm, tmp_path / "model"), **options)
     assert torch.equal(served.logits(TOKENS), expected)
-    assert (tmp_path / "model" / MODEL_CONFIG).exists() == (quantization is None)
     # The specs say what the kernels were made of: the ledger asks for them.
     kernels = served._served.program.kernels
     assert {name: kernels[name].spec for name in kernels} == {

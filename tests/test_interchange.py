@@ -1,0 +1,108 @@
+"""Quantised saved models are read by the tools that their format comes from: compressed-tensors and transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
+from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from small_llm import byte_model, byte_tokenizer, make_llm
+
+from infercomp import LLM
+from infercomp.artifact import MANIFEST, MODEL_CONFIG, WEIGHTS
+from infercomp.codegen.ops import quantize_weight_int4
+from infercomp.loading.compressed_tensors import (
+    PACKED,
+    SCALE,
+    SHAPE,
+    ZERO,
+    program_form,
+    quantization_config,
+    stored_tensors,
+)
+
+TOKENS = list(range(3, 40))
+
+
+def saved(folder: Path, quantization: str) -> tuple[LLM, Path]:
+    llm = LLM(byte_model(), byte_tokenizer(), num_blocks=8, quantization=quantization)
+    llm.save(folder)
+    return llm, folder
+
+
+def logits_of(model: torch.nn.Module) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(torch.tensor([TOKENS])).logits[0]
+
+
+@pytest.mark.parametrize("quantization", ["w8a16", "w4a16-g32-sym"])
+def test_transformers_reads_the_same_weights(quantization: str, tmp_path: Path) -> None:
+    llm, folder = saved(tmp_path / "model", quantization)
+    theirs = logits_of(transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    ours = llm.logits(TOKENS)
+    assert (theirs - ours).abs().max() <= 2e-5 * ours.abs().max()
+    assert (logits_of(byte_model()) - ours).abs().max() > 1e-3 * ours.abs().max(), "nothing was quantised"
+
+
+def test_transformers_reads_w8a8(tmp_path: Path) -> None:
+    """It divides a token by 127.5 where we divide by 127, so activations differ by what rounding costs anyway."""
+    llm, folder = saved(tmp_path / "model", "w8a8")
+    ours, exact = llm.logits(TOKENS), logits_of(byte_model())
+    theirs = logits_of(transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    assert (theirs - ours).square().mean() <= 2 * (exact - ours).square().mean()
+    assert (theirs - ours).square().mean() <= 1e-2 * ours.square().mean()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 3), st.booleans(), st.integers(0, 1 << 31))
+def test_their_reader_decodes_our_nibbles(num_outputs: int, num_groups: int, is_symmetric: bool, seed: int) -> None:
+    """Zeros too, which transformers 5 cannot load: it expects them unpacked."""
+    weight = torch.randn(num_outputs, 32 * num_groups, generator=torch.Generator().manual_seed(seed))
+    codes, scale, zero = quantize_weight_int4.definition(weight, 32, is_symmetric)
+    weights = {f"x{PACKED}": codes, f"x{SCALE}": scale} | ({} if is_symmetric else {f"x{ZERO}": zero})
+    stored = stored_tensors(weights)
+    config = QuantizationConfig.model_validate(quantization_config(weights, 16))
+    (scheme,) = config.config_groups.values()
+    assert isinstance(scheme, QuantizationScheme) and scheme.targets == ["x"]
+    given_ = {name.removeprefix("x."): tensor for name, tensor in stored.items()}
+    theirs = PackedQuantizationCompressor.decompress(given_, scheme)["weight"]
+    nibbles = torch.stack((codes & 15, codes >> 4), -1).flatten(1).view(num_outputs, num_groups, 32).float()
+    middle = 8.0 if is_symmetric else zero[..., None].float()
+    assert torch.equal(theirs.float(), ((nibbles - middle) * scale[..., None].float()).half().float().flatten(1))
+    assert stored[f"x{SHAPE}"].tolist() == list(weight.shape)
+    for name, tensor in weights.items():
+        assert torch.equal(program_form(name, stored[name], tuple(tensor.shape), tensor.dtype), tensor)
+
+
+def test_an_embedding_in_integers_is_no_checkpoint(tmp_path: Path) -> None:
+    """Other tools know quantised linears only: the folder is ours alone, and says so by having no config.json."""
+    model = byte_model()
+    model.lm_head.weight = model.model.embed_tokens.weight
+    model.config.tie_word_embeddings = True
+    LLM(model, byte_tokenizer(), num_blocks=8, quantization="w8a8").save(tmp_path / "tied")
+    assert not (tmp_path / "tied" / MODEL_CONFIG).exists()
+    LLM(model, num_blocks=8, quantization="w8a8", quantize_lm_head=False).save(tmp_path / "head")
+    assert "quantization_config" in json.loads((tmp_path / "head" / MODEL_CONFIG).read_text())
+
+
+def test_a_model_of_floats_says_nothing_of_quantisation(tmp_path: Path) -> None:
+    make_llm().save(tmp_path / "model")
+    assert "quantization_config" not in json.loads((tmp_path / "model" / MODEL_CONFIG).read_text())
+
+
+def test_each_linear_is_stored_under_its_own_name(tmp_path: Path) -> None:
+    _, folder = saved(tmp_path / "model", "w8a8")
+    stored = load_file(folder / WEIGHTS)
+    for name, parameter in byte_model().state_dict().items():
+        if name.endswith("proj.weight"):
+            assert stored[name].dtype == torch.int8 and stored[name].shape == parameter.shape
+            restored = stored[name] * stored[f"{name}_scale"]
+            assert (restored - parameter).abs().max() <= 0.5001 * stored[f"{name}_scale"].max()
+    assert json.loads((folder / MANIFEST).read_text())["passes"]["quantization"] == "w8a8"
