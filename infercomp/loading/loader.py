@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from infercomp.loading.gguf_file import read_gguf_file
-from infercomp.loading.safetensors_loader import build_safetensors_model, read_stored_tensors
+from infercomp.loading.safetensors_loader import build_safetensors_model, read_stored_linears, read_stored_tensors
+from infercomp.loading.stored_linears import StoredLinear
 from infercomp.runtime.errors import ConfigError, ModelLoadError
 
 if TYPE_CHECKING:
@@ -26,30 +28,38 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A causal language model in eval mode without gradients, with its tokenizer if the source carries one."""
+    """A causal language model in eval mode without gradients, with its tokenizer if the source carries one.
+
+    ``linears`` are those that the source holds in integers, by name; in the model their weights are zeros.
+    """
 
     model: torch.nn.Module
     tokenizer: PreTrainedTokenizerFast | None
     source: str
     weight_files: tuple[str, ...]
+    linears: Mapping[str, StoredLinear] = field(default_factory=dict)
 
 
-def load(source: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> LoadedModel:
+def load(
+    source: str | os.PathLike[str], *, dtype: torch.dtype | None = None, takes_integers: bool = False
+) -> LoadedModel:
     """Loads a folder of config.json and safetensors, a ``.gguf`` file, or a hub id such as ``org/name``.
 
     ``dtype`` is the type of the parameters: by default the checkpoint's own, and float32 for a quantised
     GGUF file. A hub id is looked up in the local cache first and downloaded only if it is not all there.
+    A checkpoint with linears in integers is an error unless the caller says that it ``takes_integers``.
     """
     if dtype is not None and dtype not in _DTYPES:
         names = ", ".join(str(supported) for supported in _DTYPES)
         raise ConfigError(f"dtype must be one of {names}, not {dtype!r}.", field="dtype", remedy="leave it out")
     path = _resolve(os.fspath(source))
+    linears: Mapping[str, StoredLinear] = {}
     if path.is_dir():
-        model, tokenizer, weight_files = _load_folder(path, dtype)
+        model, tokenizer, weight_files, linears = _load_folder(path, dtype, takes_integers)
     else:
         model, tokenizer, weight_files = _load_gguf(path, dtype)
     check_vocabulary(model, tokenizer, path)
-    return LoadedModel(model.requires_grad_(False), tokenizer, os.fspath(source), weight_files)
+    return LoadedModel(model.requires_grad_(False), tokenizer, os.fspath(source), weight_files, linears)
 
 
 def _resolve(source: str) -> Path:
@@ -87,7 +97,9 @@ def _fetch_from_hub(hub_id: str) -> Path:
         raise _source_error(what, hub_id, remedy) from error
 
 
-def _load_folder(folder: Path, dtype: torch.dtype | None) -> tuple[Any, Any, tuple[str, ...]]:
+def _load_folder(
+    folder: Path, dtype: torch.dtype | None, takes_integers: bool
+) -> tuple[Any, Any, tuple[str, ...], Mapping[str, StoredLinear]]:
     if not (folder / "config.json").is_file():
         gguf_files = sorted(folder.glob("*.gguf"))
         remedy = f"load {gguf_files[0]} itself" if gguf_files else "give the folder that save_pretrained wrote"
@@ -95,10 +107,16 @@ def _load_folder(folder: Path, dtype: torch.dtype | None) -> tuple[Any, Any, tup
             remedy = "serve this saved model with LLM or infercomp generate; everything else wants the original"
         raise ModelLoadError("The folder has no config.json.", where=str(folder), remedy=remedy, field="config.json")
     stored_tensors = read_stored_tensors(folder)
+    linears = read_stored_linears(folder, stored_tensors)
+    if linears and not takes_integers:
+        what = "The checkpoint is already quantised: here the model is wanted in floats."
+        remedy = "give the unquantised checkpoint, or serve this one with LLM or infercomp generate"
+        where = str(folder / "config.json")
+        raise ModelLoadError(what, where=where, remedy=remedy, field="quantization_config")
     tokenizer = load_tokenizer(folder)  # before the weights: what parsing it takes is free again when they come
-    model = build_safetensors_model(folder, stored_tensors, dtype)
+    model = build_safetensors_model(folder, stored_tensors, dtype, linears)
     weight_files = sorted({str(tensor.path) for tensor in stored_tensors.values()})
-    return model, tokenizer, tuple(weight_files)
+    return model, tokenizer, tuple(weight_files), linears
 
 
 def _load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[Any, Any, tuple[str, ...]]:

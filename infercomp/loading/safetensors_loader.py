@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from infercomp.loading.safetensors_file import StoredTensor, read_safetensors_header
+from infercomp.loading.stored_linears import StoredLinear, stored_linears, tensors_of_integers
 from infercomp.runtime.errors import ModelLoadError
+from infercomp.runtime.untouched_memory import untouched_zeros
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
@@ -37,12 +39,31 @@ def read_stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     return {name: headers[shard][name] for name, shard in shard_of_tensor.items()}
 
 
+def read_stored_linears(folder: Path, stored_tensors: dict[str, StoredTensor]) -> dict[str, StoredLinear]:
+    """The linears that the folder holds in integers, by name; none for a checkpoint of floats."""
+    quantization = _read_json(folder / "config.json").get("quantization_config")
+    if not quantization:
+        return {}
+    where = f"{folder / 'config.json'}, quantization_config"
+    if not isinstance(quantization, dict):
+        raise _error("quantization_config is no JSON object.", where, "download it again", "quantization_config")
+    return stored_linears(quantization, stored_tensors, where)
+
+
 def build_safetensors_model(
-    folder: Path, stored_tensors: dict[str, StoredTensor], dtype: torch.dtype | None
+    folder: Path,
+    stored_tensors: dict[str, StoredTensor],
+    dtype: torch.dtype | None,
+    linears: Mapping[str, StoredLinear] | None = None,
 ) -> PreTrainedModel:
-    """The folder's model in eval mode, each parameter read straight into memory of its final type."""
+    """The folder's model in eval mode, each parameter read straight into memory of its final type.
+
+    The weights of ``linears`` are zeros that take no memory: who compiles the model puts integers in their place.
+    """
     config = _read_config(folder)
     dtype = dtype or _checkpoint_dtype(stored_tensors)
+    if linears:
+        stored_tensors = _with_stand_ins(folder, stored_tensors, linears, dtype)
     num_layers = getattr(config, "num_hidden_layers", None)
     if isinstance(num_layers, int) and num_layers > len(stored_tensors):
         what = f"{num_layers} layers do not fit {len(stored_tensors)} tensors."
@@ -83,17 +104,35 @@ def _read_config(folder: Path) -> PretrainedConfig:
     settings = _read_json(folder / "config.json")
     if not isinstance(settings.get("model_type"), str):
         raise _config_error(folder, "The config does not name a model_type.", "model_type")
-    if settings.get("quantization_config"):
-        what = "The checkpoint is already quantised, which cannot be loaded."
-        remedy = "load the unquantised checkpoint and let infercomp quantise it"
-        raise _error(what, f"{folder / 'config.json'}", remedy, "quantization_config")
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # config classes raise whatever their own checks raise
         what = f"The config of model_type {settings['model_type']!r} is not accepted: {error}"
         raise _config_error(folder, what, "model_type") from error
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # transformers would look for the tool that it names
+    return config
+
+
+@dataclass(frozen=True)
+class _StandIn(StoredTensor):
+    """What takes the place of a weight that is read as integers: zeros in memory that nobody touches."""
+
+    def read(self) -> torch.Tensor:
+        return untouched_zeros(self.shape, self.dtype)
+
+
+def _with_stand_ins(
+    folder: Path, stored: dict[str, StoredTensor], linears: Mapping[str, StoredLinear], dtype: torch.dtype
+) -> dict[str, StoredTensor]:
+    hidden = tensors_of_integers(linears, stored)
+    stand_ins: dict[str, StoredTensor] = {
+        f"{layer}.weight": _StandIn(folder, f"{layer}.weight", dtype, linear.shape, 0, 0)
+        for layer, linear in linears.items()
+    }
+    return {name: tensor for name, tensor in stored.items() if name not in hidden} | stand_ins
 
 
 def _read_generation_config(folder: Path) -> GenerationConfig:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +9,7 @@ import torch
 
 from .config import RuntimeConfig
 from .errors import ConfigError
+from .untouched_memory import untouched_zeros
 
 # Kernels that read a tiled cache take the keys of so many tokens at a time, whatever the dtype.
 TILED_TOKENS = 16
@@ -101,8 +100,5 @@ def allocate_pools(
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A tensor of zeros; on a CPU, pages that nothing is written to take no memory."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
+    """A cache is as large as it may become; on a CPU it takes what tokens were written to."""
+    return untouched_zeros(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
