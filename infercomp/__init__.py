@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from infercomp.config import Config as Config
     from infercomp.explain import explain as explain
     from infercomp.llm import LLM as LLM
+    from infercomp.passes.recipes import W4A8 as W4A8
+    from infercomp.passes.recipes import W4A16 as W4A16
+    from infercomp.passes.recipes import W8A8 as W8A8
+    from infercomp.passes.recipes import W8A16 as W8A16
+    from infercomp.passes.recipes import LayerRecipes as LayerRecipes
     from infercomp.runtime.errors import CapacityError as CapacityError
     from infercomp.runtime.errors import CaptureError as CaptureError
     from infercomp.runtime.errors import ConfigError as ConfigError
@@ -38,6 +43,11 @@ _MODULE_OF = {
     "Config": "infercomp.config",
     "explain": "infercomp.explain",
     "LLM": "infercomp.llm",
+    "LayerRecipes": "infercomp.passes.recipes",
+    "W4A8": "infercomp.passes.recipes",
+    "W4A16": "infercomp.passes.recipes",
+    "W8A8": "infercomp.passes.recipes",
+    "W8A16": "infercomp.passes.recipes",
     "CompletionOutput": "infercomp.runtime.request",
     "RequestOutput": "infercomp.runtime.request",
     "SamplingParams": "infercomp.runtime.request",

@@ -28,9 +28,17 @@ from . import __version__
 from .codegen.saved.dtypes import dtype_named
 from .codegen.saved.program_data import ProgramData, program_data, program_of
 from .config import Config
-from .loading.compressed_tensors import ZERO, program_form, quantization_config, stored_name, stored_tensors
+from .loading.compressed_tensors import (
+    ZERO,
+    ActivationBits,
+    program_form,
+    quantization_config,
+    stored_name,
+    stored_tensors,
+)
 from .loading.safetensors_file import StoredTensor, read_safetensors_header
-from .passes.config import QUANTIZATION_SCHEMES, PassConfig
+from .passes.config import PassConfig
+from .passes.recipes import Recipe
 from .report import Report
 from .runtime.config import describe
 from .runtime.errors import ConfigError, ModelLoadError, UnsupportedError
@@ -171,7 +179,7 @@ def _write(served: ServedModel, tokenizer: Any, folder: Path) -> None:
         FORMAT,
         __version__,
         str(torch.__version__),
-        dataclasses.asdict(form.config.passes),
+        _saved_options(form.config.passes),
         form.device.type,
         form.vocab_size,
         form.position_limit,
@@ -191,7 +199,9 @@ def _write(served: ServedModel, tokenizer: Any, folder: Path) -> None:
     (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest, enc_hook=_encoded), indent=1))
 
 
-def _named_weights(served: ServedModel, activation_bits: int) -> tuple[dict[str, torch.Tensor], dict[str, StoredAs]]:
+def _named_weights(
+    served: ServedModel, activation_bits: ActivationBits
+) -> tuple[dict[str, torch.Tensor], dict[str, StoredAs]]:
     """The weights by their names in the file, and which of them each name in the program is; one memory is one."""
     weights: dict[str, torch.Tensor] = {}
     names: dict[str, StoredAs] = {}
@@ -206,9 +216,17 @@ def _named_weights(served: ServedModel, activation_bits: int) -> tuple[dict[str,
     return weights, names
 
 
-def _activation_bits(passes: PassConfig) -> int:
-    scheme = QUANTIZATION_SCHEMES[passes.quantization] if passes.quantization else None
-    return scheme.activation_bits if scheme else 16
+def _activation_bits(passes: PassConfig) -> ActivationBits:
+    def bits(layer: str) -> int:
+        recipe = passes.recipe.recipe_of(layer) if passes.recipe else None
+        return recipe.activation_bits if recipe else 16
+
+    return bits
+
+
+def _saved_options(passes: PassConfig) -> dict[str, Any]:
+    values = {each.name: getattr(passes, each.name) for each in dataclasses.fields(passes)}
+    return {name: value.to_json() if isinstance(value, Recipe) else value for name, value in values.items()}
 
 
 def _unwritable(folder: Path, error: OSError) -> ConfigError:
@@ -250,7 +268,8 @@ def _with_saved_options(config: Config, manifest: Manifest) -> Config:
     saved = type(config.passes)(**{name: _frozen(value) for name, value in manifest.passes.items()})
     for each in dataclasses.fields(saved):
         asked, has = getattr(config.passes, each.name), getattr(saved, each.name)
-        if asked not in (each.default, has):
+        is_same = config.passes.recipe == saved.recipe if each.name == "quantization" else asked == has
+        if asked != each.default and not is_same:
             raise _fixed(each.name, asked, has)
     if config.codegen.codegen not in ("auto", manifest.program.language):
         raise _fixed("codegen", config.codegen.codegen, manifest.program.language)

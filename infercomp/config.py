@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 from infercomp.codegen.config import CodegenConfig
 from infercomp.passes.config import PassConfig, nearest_name
+from infercomp.passes.recipes import Recipe
 from infercomp.runtime.config import RuntimeConfig, describe
 from infercomp.runtime.errors import ConfigError
 
@@ -115,6 +116,7 @@ _KINDS: dict[Any, _Kind] = {
     int: _Kind("an integer", lambda value: isinstance(value, int) and not isinstance(value, bool), int),
     str: _Kind("a string", lambda value: isinstance(value, str), str),
     tuple[str, ...]: _Kind("a list of names", _is_names, _parse_names),
+    Recipe: _Kind("a recipe", lambda value: isinstance(value, Recipe), Recipe.from_json),
 }
 
 
@@ -153,8 +155,11 @@ def _read_option(name: str, value: object, wanted: Any) -> object:
 
 
 def _parse_text(name: str, text: str, wanted: Any, where: str) -> object:
-    """The value that text from the environment stands for; there is no text for None: leave the variable unset."""
-    (kind,) = (_KINDS[one] for one in _alternatives(wanted) if one is not NoneType)
+    """The value that text from the environment stands for; there is no text for None: leave the variable unset.
+
+    Of several types it is read as the first.
+    """
+    kind = next(_KINDS[one] for one in _alternatives(wanted) if one is not NoneType)
     try:
         return kind.parse(text)
     except ValueError:

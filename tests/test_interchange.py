@@ -68,7 +68,7 @@ def test_their_reader_decodes_our_nibbles(num_outputs: int, num_groups: int, is_
     codes, scale, zero = quantize_weight_int4.definition(weight, 32, is_symmetric)
     weights = {f"x{PACKED}": codes, f"x{SCALE}": scale} | ({} if is_symmetric else {f"x{ZERO}": zero})
     stored = stored_tensors(weights)
-    config = QuantizationConfig.model_validate(quantization_config(weights, 16))
+    config = QuantizationConfig.model_validate(quantization_config(weights, lambda layer: 16))
     (scheme,) = config.config_groups.values()
     assert isinstance(scheme, QuantizationScheme) and scheme.targets == ["x"]
     given_ = {name.removeprefix("x."): tensor for name, tensor in stored.items()}

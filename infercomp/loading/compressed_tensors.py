@@ -15,7 +15,7 @@ the bytes of ``infercomp.codegen.ops.quantized`` as they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +27,16 @@ _NIBBLES = 8
 _INT8_OFFSET = 128
 
 
-def stored_name(name: str, tensor: torch.Tensor, activation_bits: int) -> str:
+ActivationBits = Callable[[str], int]
+"""For the name of a linear: 8 for activations rounded per token when they come, 16 for floats."""
+
+
+def stored_name(name: str, tensor: torch.Tensor, activation_bits: ActivationBits) -> str:
     """What the file calls a weight of a program: 8-bit weights alone are packed too."""
-    is_packed = tensor.dtype == torch.int8 and activation_bits == 16 and name.endswith(WEIGHT)
-    return name.removesuffix(WEIGHT) + PACKED if is_packed else name
+    if tensor.dtype != torch.int8 or not name.endswith(WEIGHT):
+        return name
+    layer = name.removesuffix(WEIGHT)
+    return name if activation_bits(layer) == 8 else f"{layer}{PACKED}"
 
 
 def stored_tensors(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -51,19 +57,16 @@ def program_form(name: str, stored: torch.Tensor, shape: tuple[int, ...], dtype:
     return _unpacked_rows(stored, shape[0]) if name.endswith(ZERO) else stored.view(shape)
 
 
-def quantization_config(weights: Mapping[str, torch.Tensor], activation_bits: int) -> dict[str, Any] | None:
-    """What config.json says of the linears among a program's weights; None where none is quantised.
-
-    ``activation_bits`` is 8 for activations rounded per token when they come, 16 for floats.
-    """
+def quantization_config(weights: Mapping[str, torch.Tensor], activation_bits: ActivationBits) -> dict[str, Any] | None:
+    """What config.json says of the linears among a program's weights; None where none is quantised."""
     layers: dict[_Scheme, list[str]] = {}
     for name in weights:
         if name.endswith(SCALE):
             layer = name.removesuffix(SCALE)
-            layers.setdefault(_scheme_of(layer, weights), []).append(layer)
+            layers.setdefault(_scheme_of(layer, weights, activation_bits(layer)), []).append(layer)
     if not layers:
         return None
-    groups = {f"group_{i}": _group(scheme, names, activation_bits) for i, (scheme, names) in enumerate(layers.items())}
+    groups = {f"group_{i}": _group(scheme, names) for i, (scheme, names) in enumerate(layers.items())}
     formats = {group["format"] for group in groups.values()}
     return {
         "quant_method": "compressed-tensors",
@@ -77,18 +80,20 @@ def quantization_config(weights: Mapping[str, torch.Tensor], activation_bits: in
 @dataclass(frozen=True)
 class _Scheme:
     bits: int
+    activation_bits: int
     group_size: int | None
     is_symmetric: bool
 
 
-def _scheme_of(layer: str, weights: Mapping[str, torch.Tensor]) -> _Scheme:
+def _scheme_of(layer: str, weights: Mapping[str, torch.Tensor], activation_bits: int) -> _Scheme:
     integers = weights[f"{layer}{PACKED}" if f"{layer}{PACKED}" in weights else f"{layer}{WEIGHT}"]
     if integers.dtype == torch.int8:
-        return _Scheme(8, None, True)
-    return _Scheme(4, _num_inputs(integers) // weights[f"{layer}{SCALE}"].shape[1], f"{layer}{ZERO}" not in weights)
+        return _Scheme(8, activation_bits, None, True)
+    group_size = _num_inputs(integers) // weights[f"{layer}{SCALE}"].shape[1]
+    return _Scheme(4, activation_bits, group_size, f"{layer}{ZERO}" not in weights)
 
 
-def _group(scheme: _Scheme, names: Iterable[str], activation_bits: int) -> dict[str, Any]:
+def _group(scheme: _Scheme, names: Iterable[str]) -> dict[str, Any]:
     per_token = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
     return {
         "targets": list(names),
@@ -100,9 +105,9 @@ def _group(scheme: _Scheme, names: Iterable[str], activation_bits: int) -> dict[
             "group_size": scheme.group_size,
             "dynamic": False,
         },
-        "input_activations": per_token if activation_bits == 8 else None,
+        "input_activations": per_token if scheme.activation_bits == 8 else None,
         "output_activations": None,
-        "format": "int-quantized" if scheme.bits == 8 and activation_bits == 8 else "pack-quantized",
+        "format": "int-quantized" if scheme.bits == scheme.activation_bits == 8 else "pack-quantized",
     }
 
 

@@ -9,40 +9,26 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from infercomp.runtime.config import LARGEST_COUNT, describe, require_int
 from infercomp.runtime.errors import ConfigError
+
+from .recipes import RECIPES, Recipe
 
 # A match is looked up by its text, so an index has one spelling only: no leading zeros.
 _DISABLE_ENTRY = re.compile(r"[a-z][a-z0-9_]*(#(0|[1-9][0-9]*))?")
 
 
-@dataclass(frozen=True)
-class QuantizationScheme:
-    """What the name of a scheme stands for; `w4a8-g32` is `QuantizationScheme(4, 8, 32, False)`."""
-
-    weight_bits: int
-    activation_bits: int
-    """16 says that activations stay floats, whatever their dtype."""
-
-    group_size: int | None = None
-    """Consecutive input channels that share a scale; None is all of a row."""
-
-    is_symmetric: bool = True
-    """Whether groups have no zero of their own."""
+def recipe_of(quantization: str | Recipe) -> Recipe:
+    """The recipe that a name or JSON stands for. Raises ConfigError for text that is neither."""
+    if isinstance(quantization, Recipe):
+        return quantization
+    return RECIPES[quantization] if quantization in RECIPES else Recipe.from_json(quantization)
 
 
-QUANTIZATION_SCHEMES = {
-    "w8a8": QuantizationScheme(8, 8),
-    "w8a16": QuantizationScheme(8, 16),
-    **{
-        f"w4a{activation_bits}-g{group_size}{suffix}": QuantizationScheme(4, activation_bits, group_size, is_symmetric)
-        for activation_bits in (8, 16)
-        for group_size in (32, 64, 128)
-        for suffix, is_symmetric in (("", False), ("-sym", True))
-    },
-}
+def _canonical(quantization: str | Recipe | None) -> str | None:
+    return None if quantization is None else recipe_of(quantization).to_json()
 
 
 @dataclass(frozen=True)
@@ -58,8 +44,8 @@ class PassConfig:
     verify: bool = False
     """Whether each pass is measured against its numeric class on real inputs."""
 
-    quantization: str | None = None
-    """How linears are quantised, a name of `QUANTIZATION_SCHEMES`; None leaves them as they are."""
+    quantization: str | Recipe | None = field(default=None, metadata={"fingerprint": _canonical})
+    """How linears are quantised: a recipe, a name of `RECIPES`, or a recipe's JSON; None leaves them as they are."""
 
     quantize_lm_head: bool = True
     """Whether the LM head, and the embedding that shares its weight, are quantised with the other linears."""
@@ -74,11 +60,16 @@ class PassConfig:
             raise ConfigError(what, field="kv_cache_layout")
         if self.limit is not None:
             require_int(self.limit, "limit", 0, LARGEST_COUNT)
-        for field in ("verify", "quantize_lm_head"):
-            value = getattr(self, field)
+        for name in ("verify", "quantize_lm_head"):
+            value = getattr(self, name)
             if not isinstance(value, bool):
-                raise ConfigError(f"{field} must be True or False, not {describe(value)}", field=field)
+                raise ConfigError(f"{name} must be True or False, not {describe(value)}", field=name)
         _check_quantization(self.quantization)
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """What `quantization` stands for."""
+        return None if self.quantization is None else recipe_of(self.quantization)
 
 
 def check_pass_names(config: PassConfig, known: Sequence[str]) -> None:
@@ -100,15 +91,18 @@ def nearest_name(name: str, known: Iterable[str]) -> str:
 
 
 def _check_quantization(quantization: object) -> None:
-    valid = f"valid: {', '.join(QUANTIZATION_SCHEMES)}"
+    valid = f"valid: {', '.join(RECIPES)}"
     if isinstance(quantization, str):
-        if quantization in QUANTIZATION_SCHEMES:
+        if quantization in RECIPES:
             return
-        begun = [name for name in QUANTIZATION_SCHEMES if name.startswith(quantization)]
-        nearest = begun[0] if begun else nearest_name(quantization, QUANTIZATION_SCHEMES)
+        if quantization.lstrip().startswith("{"):
+            Recipe.from_json(quantization)
+            return
+        begun = [name for name in RECIPES if name.startswith(quantization)]
+        nearest = begun[0] if begun else nearest_name(quantization, RECIPES)
         valid = f"did you mean {nearest!r}? {valid}"
-    if quantization is not None:
-        what = f"quantization must be the name of a scheme or None, not {describe(quantization)}"
+    if quantization is not None and not isinstance(quantization, Recipe):
+        what = f"quantization must be a recipe, the name of one or None, not {describe(quantization)}"
         raise ConfigError(what, remedy=valid, field="quantization")
 
 

@@ -6,9 +6,10 @@
                                          logits = int8_linear(q, scale, sums, table_int8, table_scale, None, dtype)
     h = embedding(table, ids)      ->    h = int8_embedding(table_int8, table_scale, ids, dtype)
 
-Does nothing unless the option ``quantization`` names a scheme: ``w4a8-g32`` is 4-bit weights in groups of 32 channels
-and 8-bit activations; with ``a16`` activations stay floats; ``w8`` has one scale a row; ``-sym`` has no zeros.
-The LM head, and an embedding that shares its weight, have 8 bits in every scheme.
+Does nothing unless the option ``quantization`` gives a recipe: ``w4a8-g32`` is 4-bit weights in groups of 32 channels
+and 8-bit activations; with ``a16`` activations stay floats; ``w8`` has one scale a row; ``-sym`` has no zeros;
+``LayerRecipes`` has recipes for named layers. What does not fit the model is refused before anything is quantised.
+The LM head, and an embedding that shares its weight, have 8 bits in every recipe.
 Linears of one input share its quantisation.
 
 Where the graph owns the weights (``frozen``), their integers replace them and the floats leave the graph. Each part of
@@ -41,8 +42,9 @@ from ..codegen.ops import (
     quantize_weight_int4,
     quantize_weight_int8,
 )
-from .config import QUANTIZATION_SCHEMES, QuantizationScheme
 from .graph_pass import LOSSY, Pass, PassContext, is_float_tensor
+from .recipe_layers import Names, check_group, check_patterns, recipe_for
+from .recipes import W8A8, W8A16, LinearRecipe, Recipe
 
 _LINEARS = {(8, 8): int8_linear, (8, 16): int8_weight_linear, (4, 8): int4_linear, (4, 16): int4_weight_linear}
 # Rounding makes several float32 copies of what it is given: so many elements at a time.
@@ -50,21 +52,24 @@ _CHUNK_ELEMENTS = 1 << 22
 
 
 def run(model_graph: ModelGraph, context: PassContext) -> None:
-    if context.config.quantization is None:
+    recipe = context.config.recipe
+    if recipe is None:
         return
-    scheme = QUANTIZATION_SCHEMES[context.config.quantization]
-    head_scheme = QUANTIZATION_SCHEMES[f"w8a{scheme.activation_bits}"]
     quantizer = _Quantizer(model_graph, context)
-    linears = model_graph.calls(linear.overload)
-    schemes = [head_scheme if quantizer.is_head(node) else scheme for node in linears]
-    reasons = [quantizer.why_not(node, its_scheme) for node, its_scheme in zip(linears, schemes, strict=True)]
-    for node, its_scheme, reason in zip(linears, schemes, reasons, strict=True):
-        if reason is None:
-            quantizer.quantize_linear(node, its_scheme)
-        else:
+    layers = {node: quantizer.layers_of(node) for node in model_graph.calls(linear.overload)}
+    check_patterns(recipe, layers, context, is_whole=model_graph.frozen)
+    wanted = {node: quantizer.recipe_of(node, recipe, names) for node, names in layers.items()}
+    reasons = {node: quantizer.why_not(node, its_recipe) for node, its_recipe in wanted.items()}
+    chosen = {node: its for node, its in wanted.items() if its is not None and reasons[node] is None}
+    for node, its_recipe in chosen.items():
+        check_group(its_recipe, layers[node], node)
+    for node, reason in reasons.items():
+        if reason is not None:
             context.near_miss(node, reason)
+        else:
+            quantizer.quantize_linear(node, chosen[node])
     if model_graph.frozen:
-        quantizer.quantize_embeddings(head_scheme)
+        quantizer.quantize_embeddings()
     model_graph.eliminate_dead_code()
     if model_graph.frozen and context.sites:
         _drop_unused_weights(model_graph)
@@ -90,15 +95,27 @@ class _Quantizer:
         has_table = any(user.target == aten.embedding.default for alias in aliases for user in alias.users)
         return has_table or node in self._heads
 
-    def why_not(self, node: fx.Node, scheme: QuantizationScheme) -> str | None:
+    def layers_of(self, node: fx.Node) -> list[list[str]]:
+        """The names of the layers whose weights a linear has: for each, those of all parameters of its memory."""
+        return [self._layer_names(source) for source in _sources(_parameters(node)[0])]
+
+    def _layer_names(self, weight: fx.Node) -> list[str]:
+        sources = self._model_graph.weight_sources
+        names = [sources.get(alias.name, alias.name) for alias in self._aliases(weight) or [weight]]
+        return [name.removesuffix(".weight") for name in names]
+
+    def recipe_of(self, node: fx.Node, recipe: Recipe, names: Names) -> LinearRecipe | None:
+        found = recipe_for(recipe, names, node)
+        return found.for_head if found is not None and self.is_head(node) else found
+
+    def why_not(self, node: fx.Node, recipe: LinearRecipe | None) -> str | None:
+        if recipe is None:
+            return "the recipe leaves it in floats"
         if not self._context.config.quantize_lm_head and self.is_head(node):
             return "it is the LM head, and quantize_lm_head is off"
         sources = _sources(_parameters(node)[0])
         if not all(self._model_graph.is_weight(source) for source in sources):
             return "its weight is computed, not a parameter"
-        num_channels = value_of(node.args[0]).shape[-1]
-        if scheme.group_size is not None and num_channels % scheme.group_size:
-            return f"its {num_channels} channels are no multiple of the group of {scheme.group_size}"
         users = [(user, alias) for source in sources for alias in self._aliases(source) for user in alias.users]
         if not all(_is_weight_of(user, alias) for user, alias in users):
             return "its weight is also used elsewhere"
@@ -109,24 +126,25 @@ class _Quantizer:
         tensor = self._model_graph.weights.get(weight.name)
         return [] if tensor is None else self._placeholders_at[tensor.data_ptr()] if tensor.numel() else [weight]
 
-    def quantize_linear(self, node: fx.Node, scheme: QuantizationScheme) -> None:
+    def quantize_linear(self, node: fx.Node, recipe: LinearRecipe) -> None:
         site = self._context.claim(node)
         if site is None:
             return
         _, bias, _ = _parameters(node)
-        is_int4, has_integer_input = scheme.weight_bits == 4, scheme.activation_bits == 8
+        is_int4, has_integer_input = recipe.weight_bits == 4, recipe.activation_bits == 8
         with self._model_graph.inserting_before(node) as emit:
-            inputs = self._quantized_input(emit, node.args[0], scheme) if has_integer_input else [node.args[0]]
-            weights = [*self._quantized_weight(emit, node, scheme), bias]
-            options = [scheme.group_size] * is_int4 + [value_of(node).dtype] * has_integer_input
-            new = emit(_LINEARS[scheme.weight_bits, scheme.activation_bits], *inputs, *weights, *options)
+            inputs = self._quantized_input(emit, node.args[0], recipe) if has_integer_input else [node.args[0]]
+            weights = [*self._quantized_weight(emit, node, recipe), bias]
+            options = [recipe.group_size] * is_int4 + [value_of(node).dtype] * has_integer_input
+            new = emit(_LINEARS[recipe.weight_bits, recipe.activation_bits], *inputs, *weights, *options)
         self._context.replace(site, node, new)
 
-    def quantize_embeddings(self, scheme: QuantizationScheme) -> None:
+    def quantize_embeddings(self) -> None:
         """Embeddings whose table is an LM head in integers by now read it there, so that the floats can go."""
         for node in self._model_graph.calls(aten.embedding.default):
             table, indices = node.args[:2]
-            weights = self._weights.get((self._identity(table), False, scheme))
+            keys = [(self._identity(table), False, recipe) for recipe in (W8A8(), W8A16())]
+            weights = next((self._weights[key] for key in keys if key in self._weights), None)
             site = self._context.claim(node) if weights is not None else None
             if weights is None or site is None:
                 continue
@@ -134,20 +152,20 @@ class _Quantizer:
                 new = emit(int8_embedding, *weights, indices, value_of(node).dtype)
             self._context.replace(site, node, new)
 
-    def _quantized_input(self, emit: Emitter, source: fx.Node, scheme: QuantizationScheme) -> list[fx.Node]:
-        group_size = scheme.group_size or value_of(source).shape[-1]
+    def _quantized_input(self, emit: Emitter, source: fx.Node, recipe: LinearRecipe) -> list[fx.Node]:
+        group_size = recipe.group_size or value_of(source).shape[-1]
         if (source, group_size) not in self._inputs:
             self._inputs[source, group_size] = _results(emit, emit(quantize_per_token, source, group_size))
         return self._inputs[source, group_size]
 
-    def _quantized_weight(self, emit: Emitter, node: fx.Node, scheme: QuantizationScheme) -> list[fx.Node | None]:
+    def _quantized_weight(self, emit: Emitter, node: fx.Node, recipe: LinearRecipe) -> list[fx.Node | None]:
         """The integers, the scales and, for 4 bits, the zeros or None."""
         weight, _, transposed = _parameters(node)
-        key = (self._identity(weight), transposed, scheme)
+        key = (self._identity(weight), transposed, recipe)
         if key not in self._weights:
             make = self._held if self._model_graph.frozen else self._computed
-            nodes = make(emit, weight, transposed, scheme)
-            has_no_zero = scheme.weight_bits == 4 and scheme.is_symmetric
+            nodes = make(emit, weight, transposed, recipe)
+            has_no_zero = recipe.weight_bits == 4 and recipe.symmetric
             self._weights[key] = [*nodes[:2], None] if has_no_zero else [*nodes]
         return self._weights[key]
 
@@ -158,26 +176,26 @@ class _Quantizer:
         tensor = self._model_graph.weights[weight.name]
         return tensor.data_ptr(), tensor.shape, tensor.stride()
 
-    def _computed(self, emit: Emitter, weight: fx.Node, transposed: bool, scheme: QuantizationScheme) -> list[fx.Node]:
+    def _computed(self, emit: Emitter, weight: fx.Node, transposed: bool, recipe: LinearRecipe) -> list[fx.Node]:
         """Calls that quantise the parameter as it is when they run."""
         weight = emit(aten.permute.default, weight, [1, 0]) if transposed else weight
-        op, arguments = _weight_quantization(scheme)
+        op, arguments = _weight_quantization(recipe)
         return _results(emit, emit(op, weight, *arguments))
 
-    def _held(self, emit: Emitter, weight: fx.Node, transposed: bool, scheme: QuantizationScheme) -> list[fx.Node]:
+    def _held(self, emit: Emitter, weight: fx.Node, transposed: bool, recipe: LinearRecipe) -> list[fx.Node]:
         """The integers of each source as weights of the graph, and merges that lay them end to end."""
-        of_sources = [self._held_source(source, transposed, scheme) for source in _sources(weight)]
+        of_sources = [self._held_source(source, transposed, recipe) for source in _sources(weight)]
         if len(of_sources) == 1:
             return of_sources[0]
         return [emit(merge_weights, list(parts)) for parts in zip(*of_sources, strict=True)]
 
-    def _held_source(self, source: fx.Node, transposed: bool, scheme: QuantizationScheme) -> list[fx.Node]:
+    def _held_source(self, source: fx.Node, transposed: bool, recipe: LinearRecipe) -> list[fx.Node]:
         tensor = self._model_graph.weights[source.name].detach()
-        op, arguments = _weight_quantization(scheme)
+        op, arguments = _weight_quantization(recipe)
         with torch.no_grad():
             pieces = [op.definition(part, *arguments) for part in _row_chunks(tensor.t() if transposed else tensor)]
             results = [torch.cat(each) for each in zip(*pieces, strict=True)]
-        suffixes = _suffixes(scheme)
+        suffixes = _suffixes(recipe)
         return [self._add_weight(source, *each, result) for each, result in zip(suffixes, results, strict=False)]
 
     def _add_weight(self, source: fx.Node, suffix: str, source_suffix: str, tensor: torch.Tensor) -> fx.Node:
@@ -208,16 +226,16 @@ def _is_weight_of(user: fx.Node, parameter: fx.Node) -> bool:
     return (user.target, places) in ((linear.overload, [1]), (aten.embedding.default, [0]))
 
 
-def _weight_quantization(scheme: QuantizationScheme) -> tuple[Any, list[Any]]:
-    if scheme.weight_bits == 8:
+def _weight_quantization(recipe: LinearRecipe) -> tuple[Any, list[Any]]:
+    if recipe.weight_bits == 8:
         return quantize_weight_int8, []
-    return quantize_weight_int4, [scheme.group_size, scheme.is_symmetric]
+    return quantize_weight_int4, [recipe.group_size, recipe.symmetric]
 
 
-def _suffixes(scheme: QuantizationScheme) -> list[tuple[str, str]]:
+def _suffixes(recipe: LinearRecipe) -> list[tuple[str, str]]:
     """What is put behind a parameter's names, in the graph and among the sources, for each tensor made from it."""
-    integers = ("_int8", "") if scheme.weight_bits == 8 else ("_int4", "_packed")
-    return [integers, ("_scale", "_scale")] + ([] if scheme.is_symmetric else [("_zero", "_zero_point")])
+    integers = ("_int8", "") if recipe.weight_bits == 8 else ("_int4", "_packed")
+    return [integers, ("_scale", "_scale")] + ([] if recipe.symmetric else [("_zero", "_zero_point")])
 
 
 def _row_chunks(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:

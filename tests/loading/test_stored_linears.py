@@ -54,13 +54,21 @@ def grid(weight: torch.Tensor, args: QuantizationArgs) -> dict[str, torch.Tensor
 
 @settings(max_examples=30, deadline=None)
 @given(
-    st.integers(1, 40), st.integers(1, 3), st.booleans(), st.sampled_from([torch.float16, torch.bfloat16]), st.data()
+    num_outputs=st.integers(1, 40),
+    num_groups=st.integers(1, 3),
+    is_symmetric=st.booleans(),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16]),
+    seed=st.integers(0, 1 << 31),
 )
 def test_four_bits_of_compressed_tensors(
-    num_outputs: int, num_groups: int, is_symmetric: bool, dtype: torch.dtype, data: st.DataObject,
     tmp_path_factory: pytest.TempPathFactory,
-) -> None:  # fmt: skip
-    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1 << 31)))
+    num_outputs: int,
+    num_groups: int,
+    is_symmetric: bool,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(num_outputs, 32 * num_groups, generator=generator).to(dtype)
     args = QuantizationArgs(num_bits=4, strategy="group", group_size=32, symmetric=is_symmetric)
     scheme = QuantizationScheme(targets=["Linear"], weights=args)
@@ -112,9 +120,20 @@ def gptq_tensors(
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 4), st.integers(1, 3), st.sampled_from(["gptq", "gptq_v2"]), st.booleans(), st.integers(0, 99))
+@given(
+    eighths=st.integers(1, 4),
+    num_groups=st.integers(1, 3),
+    version=st.sampled_from(["gptq", "gptq_v2"]),
+    is_symmetric=st.booleans(),
+    seed=st.integers(0, 99),
+)
 def test_gptq(
-    eighths: int, num_groups: int, version: str, is_symmetric: bool, seed: int, tmp_path_factory: pytest.TempPathFactory
+    tmp_path_factory: pytest.TempPathFactory,
+    eighths: int,
+    num_groups: int,
+    version: str,
+    is_symmetric: bool,
+    seed: int,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 16, (32 * num_groups, 8 * eighths), generator=generator)

@@ -32,9 +32,11 @@ from infercomp.codegen.ops import (
 )
 from infercomp.demo_model import demo_model_path
 from infercomp.loading.loader import load
-from infercomp.passes.config import QUANTIZATION_SCHEMES, PassConfig
+from infercomp.passes.config import PassConfig
 from infercomp.passes.pipeline import PIPELINE, run_pipeline
+from infercomp.passes.recipes import RECIPES, W4A8, W4A16, W8A8, W8A16, LayerRecipes, Recipe
 from infercomp.passes.record import PassRecord
+from infercomp.runtime.errors import ConfigError
 
 PASSES = ("normalize", "recognize_linear", "recognize_gated_mlp", "merge_linears", "quantize_linears")
 WIDTH, INNER, VOCABULARY = 128, 256, 50
@@ -67,7 +69,12 @@ def ids() -> torch.Tensor:
 
 
 def quantized(
-    model: nn.Module, quantization: str | None, *, passes: tuple[str, ...] = PASSES, frozen: bool = True, **options: Any
+    model: nn.Module,
+    quantization: str | Recipe | None,
+    *,
+    passes: tuple[str, ...] = PASSES,
+    frozen: bool = True,
+    **options: Any,
 ) -> tuple[ModelGraph, PassRecord]:
     model_graph = captured(model, ids(), dynamic={0: 1})
     model_graph.frozen = frozen
@@ -96,21 +103,21 @@ def test_without_the_option_nothing_happens() -> None:
 LINEAR_OPS = {(8, 8): int8_linear, (8, 16): int8_weight_linear, (4, 8): int4_linear, (4, 16): int4_weight_linear}
 
 
-@pytest.mark.parametrize("name", QUANTIZATION_SCHEMES)
+@pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("bias", [False, True])
 def test_fires(name: str, bias: bool) -> None:
-    model, scheme = Model(bias=bias), QUANTIZATION_SCHEMES[name]
+    model, recipe = Model(bias=bias), RECIPES[name]
     model_graph, record = quantized(model, name)
     assert (record.matches, record.near_misses) == (4, ())
     assert count(model_graph, linear) == count(model_graph, aten.embedding.default) == 0
-    assert count(model_graph, merge_weights) == 3 - scheme.is_symmetric + bias
-    body, head = LINEAR_OPS[scheme.weight_bits, scheme.activation_bits], LINEAR_OPS[8, scheme.activation_bits]
+    assert count(model_graph, merge_weights) == 3 - recipe.symmetric + bias
+    body, head = LINEAR_OPS[recipe.weight_bits, recipe.activation_bits], LINEAR_OPS[8, recipe.activation_bits]
     assert count(model_graph, body) + count(model_graph, head) == (6 if body is head else 3)
     assert count(model_graph, head) == (3 if body is head else 1)
-    assert count(model_graph, quantize_per_token) == (3 if scheme.activation_bits == 8 else 0)
+    assert count(model_graph, quantize_per_token) == (3 if recipe.activation_bits == 8 else 0)
     assert count(model_graph, int8_embedding) == 1
-    assert 0 < record.max_error < (0.02 if scheme.weight_bits == 8 else 0.15)
-    assert error_of(model, model_graph) < (0.03 if scheme.weight_bits == 8 else 0.2)
+    assert 0 < record.max_error < (0.02 if recipe.weight_bits == 8 else 0.15)
+    assert error_of(model, model_graph) < (0.03 if recipe.weight_bits == 8 else 0.2)
 
 
 def test_the_graphs_text() -> None:
@@ -138,24 +145,24 @@ def test_integers_replace_the_floats(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["w8a8", "w4a16-g32", "w4a16-g64-sym"])
 def test_each_part_of_a_merged_weight_has_its_integers(name: str) -> None:
-    model, scheme = Model(bias=True), QUANTIZATION_SCHEMES[name]
+    model, recipe = Model(bias=True), RECIPES[name]
     model_graph, _ = quantized(model, name)
-    is_int8 = scheme.weight_bits == 8
+    is_int8 = recipe.weight_bits == 8
     parts = (("int8", ""), ("scale", "_scale"), ("zero", "_zero_point"))
     parts = parts if is_int8 else (("int4", "_packed"), *parts[1:])
     for layer in ("gate", "up", "down"):
         weight = getattr(model, layer).weight.detach()
-        arguments = [] if is_int8 else [scheme.group_size, scheme.is_symmetric]
+        arguments = [] if is_int8 else [recipe.group_size, recipe.symmetric]
         expected = (quantize_weight_int8 if is_int8 else quantize_weight_int4)(weight, *arguments)
-        for (part, source), tensor in list(zip(parts, expected, strict=False))[: 3 - scheme.is_symmetric]:
+        for (part, source), tensor in list(zip(parts, expected, strict=False))[: 3 - recipe.symmetric]:
             assert torch.equal(model_graph.weights[f"p_{layer}_weight_{part}"], tensor)
             assert model_graph.weight_sources[f"p_{layer}_weight_{part}"] == f"{layer}.weight{source}"
-    assert ("p_gate_weight_zero" in model_graph.weights) == (not scheme.is_symmetric)
-    op = LINEAR_OPS[scheme.weight_bits, scheme.activation_bits].overload
+    assert ("p_gate_weight_zero" in model_graph.weights) == (not recipe.symmetric)
+    op = LINEAR_OPS[recipe.weight_bits, recipe.activation_bits].overload
     merged = next(node for node in model_graph.calls(op) if value_of(node).shape[-1] == 2 * INNER)
     merges = [source for source in merged.all_input_nodes if source.target == merge_weights.overload]
     sources = {tuple(model_graph.weight_sources[each.name] for each in merge.args[0]) for merge in merges}
-    suffixes = [source for _, source in parts[: 3 - scheme.is_symmetric]]
+    suffixes = [source for _, source in parts[: 3 - recipe.symmetric]]
     expected_sources = {tuple(f"{layer}.weight{suffix}" for layer in ("gate", "up")) for suffix in suffixes}
     assert sources == expected_sources | {("gate.bias", "up.bias")}
 
@@ -236,26 +243,80 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
         lambda m, h: m.gate(h).sum() + F.linear(m.gate.weight, m.up.weight),
         "its weight is also used elsewhere",
     ),
-    "channels are no whole groups": (
-        lambda m, h: torch.softmax(F.linear(h[..., :48], m.narrow), -1),
-        "its 48 channels are no multiple of the group of 32",
-    ),
 }
 
 
 @pytest.mark.parametrize(("function", "reason"), NEAR_MISSES.values(), ids=NEAR_MISSES)
 def test_near_miss_is_left_and_recorded(function: Callable[..., Any], reason: str) -> None:
     model = Model(tied=False, function=function)
-    model.narrow = nn.Parameter(torch.randn(4, 48))
     model_graph, record = quantized(model, "w4a8-g32")
     assert reason in {miss.reason.split(",")[0] for miss in record.near_misses}
     assert count(model_graph, linear) == len(record.near_misses) == 1
     assert error_of(model, model_graph) < 0.2
 
 
+def narrow_model(num_channels: int) -> Model:
+    function = lambda m, h: torch.softmax(F.linear(h[..., :num_channels], m.narrow.weight), -1)  # noqa: E731
+    model = Model(tied=False, function=function)
+    model.narrow = nn.Linear(num_channels, 4, bias=False)
+    return model
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_groups_that_do_not_divide_are_refused(frozen: bool) -> None:
+    with pytest.raises(ConfigError, match="32 does not divide the 48 input channels of narrow") as caught:
+        quantized(narrow_model(48), "w4a8-g32", frozen=frozen)
+    assert caught.value.field == "group_size"
+    left_out = LayerRecipes((("narrow", None), ("*", W4A8())))
+    with pytest.raises(ConfigError, match="layers names no linear"):
+        quantized(Model(tied=False), left_out)
+    model_graph, record = quantized(narrow_model(48), left_out, frozen=frozen)
+    assert [miss.reason for miss in record.near_misses] == ["the recipe leaves it in floats"]
+    assert count(model_graph, linear) == 1
+
+
+def test_layers_have_recipes_of_their_own() -> None:
+    model = Model(tied=False)
+    recipe = LayerRecipes((("head", None), ("down", W8A16()), ("*", W4A16(64, True))))
+    model_graph, record = quantized(model, recipe)
+    assert (record.matches, [miss.reason for miss in record.near_misses]) == (2, ["the recipe leaves it in floats"])
+    (merged,), (down,), (head,) = (
+        model_graph.calls(op.overload) for op in (int4_weight_linear, int8_weight_linear, linear)
+    )
+    assert (value_of(merged).shape[-1], merged.args[-1]) == (2 * INNER, 64)
+    assert (down.args[1].name, head.args[1].name) == ("p_down_weight_int8", "p_head_weight")
+    assert error_of(model, model_graph) < 0.2
+
+
+def test_a_tied_head_is_known_by_both_names_and_has_8_bits() -> None:
+    for name in ("head", "embedding"):
+        recipe = LayerRecipes(((name, W4A16()),))
+        model_graph, record = quantized(Model(), recipe)
+        assert (count(model_graph, int8_weight_linear), count(model_graph, int8_embedding)) == (1, 1)
+        assert {miss.reason for miss in record.near_misses} == {"the recipe leaves it in floats"}
+
+
+def test_a_pattern_that_no_layer_fits_is_refused_where_the_model_is_whole() -> None:
+    recipe = LayerRecipes((("doun", W8A8()), ("*", W4A8())))
+    with pytest.raises(ConfigError, match=r"no linear: 'doun'\n.*nearest is down$") as caught:
+        quantized(Model(), recipe)
+    assert caught.value.field == "layers"
+    model_graph, record = quantized(Model(), recipe, frozen=False, quantize_lm_head=False)
+    assert "no linear of this graph fits the recipe's 'doun'" in {miss.reason for miss in record.near_misses}
+    assert count(model_graph, int4_linear) == 2
+
+
+def test_parts_of_one_product_need_one_recipe() -> None:
+    recipe = LayerRecipes((("gate", W8A8()), ("*", W4A8())))
+    with pytest.raises(ConfigError, match="gate and up are computed as one product and need one recipe") as caught:
+        quantized(Model(), recipe)
+    assert caught.value.field == "layers"
+    model_graph, _ = quantized(Model(), recipe, disable=("merge_linears",))
+    assert (count(model_graph, int8_linear), count(model_graph, int4_linear)) == (2, 2)
+
+
 def test_a_linear_without_groups_takes_any_number_of_channels() -> None:
-    model = Model(tied=False, function=lambda m, h: torch.softmax(F.linear(h[..., :47], m.narrow), -1))
-    model.narrow = nn.Parameter(torch.randn(4, 47))
+    model = narrow_model(47)
     model_graph, record = quantized(model, "w8a8")
     assert (record.matches, count(model_graph, int8_linear)) == (1, 1)
     assert error_of(model, model_graph) < 0.05
@@ -295,10 +356,16 @@ def test_two_linears_of_one_weight_share_its_integers() -> None:
         assert first.args[3:5] == second.args[3:5]
 
 
-@pytest.mark.parametrize("name", ["w8a8", "w8a16", "w4a8-g32", "w4a16-g64-sym"])
+# Groups of 64 fit the 64 channels in this model's MLP, and not the 32 of the others.
+SERVED = {
+    **{name: RECIPES[name] for name in ("w8a8", "w8a16", "w4a8-g32")},
+    "w4a16-g64-sym": LayerRecipes((("mlp.down_proj", W4A16(64, True)), ("lm_head", W8A16()))),
+}
+
+
+@pytest.mark.parametrize("name", SERVED)
 def test_llm_serves_integers(name: str) -> None:
-    """Groups of 64 do not fit this model's 32 channels, but the 64 in its MLP: the others are near misses."""
-    llm, exact = make_llm(quantization=name, verify=True), make_llm()
+    llm, exact = make_llm(quantization=SERVED[name], verify=True), make_llm()
     prompts = [{"prompt_token_ids": list(range(start, start + 9))} for start in (3, 40, 90)]
     params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
     together = [output.outputs[0].token_ids for output in llm.generate(prompts, params)]

@@ -13,7 +13,6 @@ from infercomp.bench.engine_runs import decoding, run_prompt
 from infercomp.bench.ledger import decode_ledger, prefill_ledger
 from infercomp.bench.protocol import Tokens, commands_of, serve, stopwatch
 from infercomp.llm import LLM
-from infercomp.passes.config import QUANTIZATION_SCHEMES
 
 
 class Infercomp:
@@ -28,7 +27,9 @@ class Infercomp:
         activations: torch.dtype = self.llm._served.form.cache_specs[0].dtype
         quantization = self.llm.config.passes.quantization
         name = str(activations).removeprefix("torch.")
-        bits = QUANTIZATION_SCHEMES[quantization].weight_bits if quantization else min(32, activations.itemsize * 8)
+        recipe = self.llm.config.passes.recipe
+        integers = [each.weight_bits for _, each in recipe.rules if each is not None] if recipe else []
+        bits = max(integers, default=min(32, activations.itemsize * 8))
         return {
             "form": f"{quantization}, {name}" if quantization else name,
             "weight_bits": bits,

@@ -1,0 +1,143 @@
+"""Recipes: what their fields may be, what their names and JSON stand for, and which layers a pattern is for."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import infercomp
+from infercomp.config import Config, parse_options
+from infercomp.passes.config import PassConfig
+from infercomp.passes.recipes import RECIPES, W4A8, W4A16, W8A8, W8A16, LayerRecipes, Recipe, fits
+from infercomp.runtime.errors import ConfigError
+
+groups = st.integers(1, 256).map(lambda count: 32 * count)
+linear_recipes = st.one_of(
+    st.sampled_from([W8A8(), W8A16()]), st.builds(W4A8, groups, st.booleans()), st.builds(W4A16, groups, st.booleans())
+)
+rules = st.tuples(st.text(min_size=1), st.none() | linear_recipes)
+recipes = linear_recipes | st.builds(LayerRecipes, st.lists(rules, min_size=1, max_size=4).map(tuple))
+
+
+@given(recipes)
+def test_json_and_back(recipe: Recipe) -> None:
+    text = recipe.to_json()
+    assert Recipe.from_json(text) == recipe
+    config = parse_options({}, {"INFERCOMP_QUANTIZATION": text})
+    assert config.passes.recipe == recipe
+    assert config.fingerprint() == Config(passes=PassConfig(quantization=recipe)).fingerprint()
+
+
+@given(recipes, recipes)
+def test_different_recipes_have_different_json_and_fingerprints(one: Recipe, other: Recipe) -> None:
+    assert (one.to_json() == other.to_json()) == (one == other)
+    fingerprints = [parse_options({"quantization": each}, {}).fingerprint() for each in (one, other)]
+    assert (fingerprints[0] == fingerprints[1]) == (one == other)
+
+
+def test_json_may_leave_out_what_has_a_default() -> None:
+    assert Recipe.from_json('{"recipe": "w4a16", "group_size": 64}') == W4A16(64, False)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_name_is_short_for_a_recipe(name: str) -> None:
+    recipe = PassConfig(quantization=name).recipe
+    assert recipe == PassConfig(quantization=RECIPES[name]).recipe == RECIPES[name]
+    given_group = f"-g{RECIPES[name].group_size}" if "-g" in name else ""
+    suffix = "-sym" if given_group and RECIPES[name].symmetric else ""
+    assert name == f"w{RECIPES[name].weight_bits}a{RECIPES[name].activation_bits}{given_group}{suffix}"
+    fingerprints = {parse_options({"quantization": each}, {}).fingerprint() for each in (name, RECIPES[name])}
+    assert len(fingerprints) == 1
+
+
+def test_the_package_has_every_recipe() -> None:
+    assert (infercomp.W8A8, infercomp.W8A16, infercomp.LayerRecipes) == (W8A8, W8A16, LayerRecipes)
+    assert (infercomp.W4A8, infercomp.W4A16) == (W4A8, W4A16)
+
+
+@pytest.mark.parametrize("made", [W4A8, W4A16])
+@pytest.mark.parametrize("group_size", [None, 0, -32, 31, 48, 8224, True, 32.0, "32"])
+def test_a_group_that_no_kernel_takes_is_refused(made: Any, group_size: Any) -> None:
+    with pytest.raises(ConfigError, match="multiple of 32 up to 8192") as caught:
+        made(group_size)
+    assert caught.value.field == "group_size"
+
+
+@pytest.mark.parametrize(
+    ("make", "field"),
+    [
+        (lambda: W8A8(group_size=32), "group_size"),
+        (lambda: W8A16(symmetric=False), "symmetric"),
+        (lambda: W4A16(symmetric=1), "symmetric"),
+        (lambda: LayerRecipes(()), "layers"),
+        (lambda: LayerRecipes([("*", W8A8())]), "layers"),
+        (lambda: LayerRecipes((("*", "w8a8"),)), "layers"),
+        (lambda: LayerRecipes((("", W8A8()),)), "layers"),
+        (lambda: LayerRecipes((("*", W8A8(), 1),)), "layers"),
+        (lambda: LayerRecipes((("*", LayerRecipes((("*", W8A8()),))),)), "layers"),
+    ],
+)
+def test_a_field_out_of_range_is_named(make: Any, field: str) -> None:
+    with pytest.raises(ConfigError, match=field) as caught:
+        make()
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("value", "field"),
+    [
+        ({}, "recipe"),
+        ({"recipe": "w5a5"}, "recipe"),
+        ({"recipe": ["w8a8"]}, "recipe"),
+        ({"recipe": "w8a8", "bits": 8}, "bits"),
+        ({"recipe": "w4a16", "group_size": 33}, "group_size"),
+        ({"recipe": "layers"}, "layers"),
+        ({"recipe": "layers", "layers": [["*"]]}, "layers"),
+        ({"recipe": "layers", "layers": [[1, None]]}, "layers"),
+        ({"recipe": "layers", "layers": [], "bits": 1}, "bits"),
+        ({"recipe": "layers", "layers": [["*", {"recipe": "w5a5"}]]}, "recipe"),
+        ({"recipe": "layers", "layers": [["*", "w8a8"]]}, "recipe"),
+    ],
+)
+def test_json_that_is_no_recipe_names_the_field(value: Any, field: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_options({"quantization": json.dumps(value)}, {})
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize("text", ["{", '{"recipe": "w8a8"'])
+def test_what_is_no_json_says_so(text: str) -> None:
+    with pytest.raises(ConfigError, match="no JSON") as caught:
+        PassConfig(quantization=text)
+    assert caught.value.field == "quantization"
+
+
+@pytest.mark.parametrize("quantization", [8, ("w8a8",), {"recipe": "w8a8"}, W8A8])
+def test_quantization_of_another_type_is_refused(quantization: Any) -> None:
+    with pytest.raises(ConfigError, match="must be a recipe, the name of one or None") as caught:
+        PassConfig(quantization=quantization)
+    assert caught.value.field == "quantization"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "is_for"),
+    [
+        ("*", True),
+        ("model.layers.0.mlp.down_proj", True),
+        ("layers.0.mlp.*", True),
+        ("down_proj", True),
+        ("*.down_proj", True),
+        ("own_proj", False),
+        ("layers.0", False),
+        ("layers.0.MLP.*", False),
+        ("*.up_proj", False),
+    ],
+)
+def test_a_pattern_is_for_a_name_or_its_end_behind_a_dot(pattern: str, is_for: bool) -> None:
+    assert fits(pattern, ["model.layers.0.mlp.down_proj"]) == is_for
+    assert fits(pattern, ["lm_head", "model.layers.0.mlp.down_proj"]) == is_for
+    assert not fits(pattern, [])
