@@ -13,6 +13,7 @@ import torch
 from .artifact import is_artifact, load_artifact, save_artifact
 from .config import Config, parse_options
 from .loading.loader import check_vocabulary, load, load_saved_tokenizer
+from .loading.stored_linears import StoredLinear
 from .progress import request_progress
 from .report import Report
 from .runtime.decode_graphs import CudaCapture
@@ -282,17 +283,20 @@ def _compiled(
     from .passes.config import check_pass_names
     from .passes.pipeline import pass_names
     from .serving import compile_for_serving, position_limit
+    from .stored_recipe import with_stored_recipe
 
     check_pass_names(config.passes, pass_names())
+    linears: Mapping[str, StoredLinear] = {}
     if isinstance(model, torch.nn.Module):
         module = model if dtype is None else model.to(dtype)
         check_vocabulary(module, tokenizer, type(module).__name__)
     else:
-        loaded = load(model, dtype=dtype)
-        module, tokenizer = loaded.model, tokenizer or loaded.tokenizer
+        loaded = load(model, dtype=dtype, takes_integers=True)
+        module, tokenizer, linears = loaded.model, tokenizer or loaded.tokenizer, loaded.linears
+        config = with_stored_recipe(config, linears, module)
     _max_model_len(position_limit(module), config)
     prefetch_kernels(module.eval(), config)
-    return *compile_for_serving(module, tokenizer, config), tokenizer
+    return *compile_for_serving(module, tokenizer, config, linears), tokenizer
 
 
 def _require_saved_dtype(dtype: torch.dtype | None) -> None:

@@ -11,11 +11,13 @@ import torch
 
 from .capture import capture_export
 from .codegen.model_graph import ModelGraph, value_of
-from .compiler import compile_graph
+from .compiler import lower_graph, rewrite_graph
 from .config import Config
 from .loading.compressed_tensors import SCALE
+from .loading.stored_linears import StoredLinear
 from .runtime.kv_pools import KvCacheSpec
 from .served_model import ServedForm
+from .stored_recipe import require_all_taken
 
 _POSITION_LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
 _CAPTURE_LENGTH = 7
@@ -84,12 +86,21 @@ def end_of_sequence_ids(model: torch.nn.Module, tokenizer: Any) -> frozenset[int
 
 
 def compile_for_serving(
-    model: torch.nn.Module, tokenizer: Any, config: Config
+    model: torch.nn.Module, tokenizer: Any, config: Config, linears: Mapping[str, StoredLinear] | None = None
 ) -> tuple[ServedForm, dict[str, torch.Tensor]]:
-    """The served form of ``model``, and its weights by their names in the program."""
+    """The served form of ``model``, and its weights by their names in the program.
+
+    ``linears`` are those whose weights come in integers. Raises UnsupportedError for one that no kernel takes.
+    """
     limit = position_limit(model)
     captured, examples = capture_for_serving(model, limit)
-    compiled = compile_graph(captured, config, examples, serving=True)
+    if linears:
+        readers = {f"model.{name}.weight": linear.read for name, linear in linears.items()}
+        sources = captured.weight_sources
+        captured.stored_integers |= {n: readers[source] for n, source in sources.items() if source in readers}
+    rewritten = rewrite_graph(captured, config, examples, serving=True)
+    require_all_taken(captured, rewritten.records)
+    compiled = lower_graph(rewritten, config)
     logits = value_of(captured.output_node().args[0][0])
     names = {name: source.removeprefix("model.") for name, source in captured.weight_sources.items()}
     form = ServedForm(

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from small_llm import byte_model, byte_tokenizer, make_llm
 
-from infercomp import LLM
+import infercomp
+from infercomp import LLM, ConfigError, ModelLoadError, UnsupportedError
 from infercomp.artifact import MANIFEST, MODEL_CONFIG, WEIGHTS
 from infercomp.codegen.ops import quantize_weight_int4
 from infercomp.loading.compressed_tensors import (
@@ -27,6 +28,7 @@ from infercomp.loading.compressed_tensors import (
     quantization_config,
     stored_tensors,
 )
+from infercomp.loading.loader import load
 
 TOKENS = list(range(3, 40))
 
@@ -106,3 +108,59 @@ def test_each_linear_is_stored_under_its_own_name(tmp_path: Path) -> None:
             restored = stored[name] * stored[f"{name}_scale"]
             assert (restored - parameter).abs().max() <= 0.5001 * stored[f"{name}_scale"].max()
     assert json.loads((folder / MANIFEST).read_text())["passes"]["quantization"] == "w8a8"
+
+
+def as_checkpoint(folder: Path) -> Path:
+    """The saved model as any other tool would have written it: without our manifest."""
+    (folder / MANIFEST).unlink()
+    return folder
+
+
+@pytest.mark.parametrize("quantization", ["w8a8", "w8a16", "w4a16-g32", "w4a16-g32-sym", "w4a8-g32"])
+def test_a_checkpoint_in_integers_is_served_on_them(quantization: str, tmp_path: Path) -> None:
+    llm, folder = saved(tmp_path / "model", quantization)
+    served = LLM(as_checkpoint(folder), num_blocks=8)
+    assert torch.equal(served.logits(TOKENS), llm.logits(TOKENS))
+    again = served.save(tmp_path / "again") or tmp_path / "again"
+    assert torch.equal(LLM(again, num_blocks=8).logits(TOKENS), llm.logits(TOKENS))
+    mine, theirs = load_file(folder / WEIGHTS), load_file(again / WEIGHTS)
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_kernels_run_on_the_stored_integers(tmp_path: Path) -> None:
+    llm, folder = saved(tmp_path / "model", "w4a16-g32-sym")
+    served = LLM(as_checkpoint(folder), num_blocks=8, codegen="cpp")
+    torch.testing.assert_close(served.logits(TOKENS), llm.logits(TOKENS), rtol=1e-4, atol=1e-4)
+    assert served.report.ops["infercomp.int4_weight_linear"] == "cpp"
+
+
+def test_layers_that_stay_floats_stay_floats(tmp_path: Path) -> None:
+    recipe = infercomp.LayerRecipes((("layers.0.mlp.*", infercomp.W8A8()), ("down_proj", infercomp.W4A16())))
+    llm = LLM(byte_model(), byte_tokenizer(), num_blocks=8, quantization=recipe)
+    llm.save(tmp_path / "model")
+    served = LLM(as_checkpoint(tmp_path / "model"), num_blocks=8)
+    assert torch.equal(served.logits(TOKENS), llm.logits(TOKENS))
+
+
+@pytest.mark.parametrize(
+    ("field", "options"), [("quantization", {"quantization": "w8a8"}), ("verify", {"verify": True})]
+)
+def test_options_that_need_floats_are_refused(field: str, options: dict, tmp_path: Path) -> None:
+    _, folder = saved(tmp_path / "model", "w8a8")
+    with pytest.raises(ConfigError) as caught:
+        LLM(as_checkpoint(folder), **options)
+    assert caught.value.field == field and caught.value.remedy
+
+
+def test_a_linear_that_is_not_taken_is_an_error(tmp_path: Path) -> None:
+    """Its floats are zeros: nothing may be computed with them."""
+    _, folder = saved(tmp_path / "model", "w8a8")
+    with pytest.raises(UnsupportedError, match="down_proj"):
+        LLM(as_checkpoint(folder), disable="quantize_linears#3")
+
+
+def test_whoever_wants_floats_is_told(tmp_path: Path) -> None:
+    _, folder = saved(tmp_path / "model", "w8a8")
+    with pytest.raises(ModelLoadError) as caught:
+        load(as_checkpoint(folder))
+    assert caught.value.field == "quantization_config"

@@ -160,7 +160,7 @@ def test_no_length_is_captured_anew(served: Served, monkeypatch: pytest.MonkeyPa
         raise AssertionError("captured again")
 
     monkeypatch.setattr(torch.export, "export", refuse)
-    monkeypatch.setattr(serving, "compile_graph", refuse)
+    monkeypatch.setattr(serving, "lower_graph", refuse)
     for prompt in (PROMPTS[15], PROMPTS[19]):
         assert len(served.greedy((prompt,), 2)[0]) == 2
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ class ModelGraph:
 
     ``input_names`` lists the inputs in call order; ``mutated_inputs`` the inputs whose new values
     lead the outputs; ``weight_sources`` the model's own parameter names; ``frozen`` says that no one
-    but infercomp holds the weights, so that values computed from them may be folded.
+    but infercomp holds the weights, so that values computed from them may be folded; ``stored_integers`` reads
+    the codes, scales and zeros of weights that come quantised, whose tensors are zeros until these take their place.
     ``output_orders`` holds, for each output that is dense in memory, its dimensions from the outermost
     to the innermost: callers may rely on the model's own strides.
     """
@@ -41,6 +42,7 @@ class ModelGraph:
     mutated_inputs: tuple[str, ...] = ()
     weight_sources: dict[str, str] = field(default_factory=dict)
     frozen: bool = False
+    stored_integers: dict[str, Callable[[], tuple[torch.Tensor, ...]]] = field(default_factory=dict)
     output_orders: tuple[tuple[int, ...] | None, ...] = ()
     known_values: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
     """Fake results by call and descriptions of its arguments: layers repeat, and so do their calls."""

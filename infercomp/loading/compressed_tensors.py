@@ -52,9 +52,14 @@ def stored_tensors(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
 def program_form(name: str, stored: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """What ``stored_form`` was given, of this shape and dtype."""
     if name.endswith(PACKED):
-        codes = stored.view(torch.uint8)
+        codes = as_bytes(stored)
         return (codes ^ _INT8_OFFSET).view(torch.int8) if dtype == torch.int8 else codes
     return _unpacked_rows(stored, shape[0]) if name.endswith(ZERO) else stored.view(shape)
+
+
+def as_bytes(words: torch.Tensor) -> torch.Tensor:
+    """Each row's words as its bytes, uint8 [..., bytes]; copied, as a dimension of one may have any stride."""
+    return torch.empty(words.shape, dtype=words.dtype).copy_(words).view(torch.uint8)
 
 
 def quantization_config(weights: Mapping[str, torch.Tensor], activation_bits: ActivationBits) -> dict[str, Any] | None:
@@ -135,5 +140,5 @@ def _packed_rows(zeros: torch.Tensor) -> torch.Tensor:
 
 
 def _unpacked_rows(packed: torch.Tensor, num_rows: int) -> torch.Tensor:
-    pairs = packed.t().contiguous().view(torch.uint8)
+    pairs = as_bytes(packed.t())
     return torch.stack((pairs & 15, pairs >> 4), -1).flatten(1).t()[:num_rows].contiguous()

@@ -47,7 +47,11 @@ def read_stored_linears(folder: Path, stored_tensors: dict[str, StoredTensor]) -
     where = f"{folder / 'config.json'}, quantization_config"
     if not isinstance(quantization, dict):
         raise _error("quantization_config is no JSON object.", where, "download it again", "quantization_config")
-    return stored_linears(quantization, stored_tensors, where)
+    linears = stored_linears(quantization, stored_tensors, where)
+    if not linears:
+        what = "The config says that the checkpoint is quantised, but no linear is."
+        raise _error(what, where, "remove quantization_config, or download the folder again", "quantization_config")
+    return linears
 
 
 def build_safetensors_model(

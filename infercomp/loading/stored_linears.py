@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from infercomp.loading.compressed_tensors import PACKED, SCALE, SHAPE, WEIGHT, ZERO, program_form
+from infercomp.loading.compressed_tensors import PACKED, SCALE, SHAPE, WEIGHT, ZERO, as_bytes, program_form
 from infercomp.loading.safetensors_file import StoredTensor
 from infercomp.runtime.config import describe
 from infercomp.runtime.errors import ModelLoadError
@@ -166,14 +166,14 @@ def _gptq_linear(
     order = stored.get(f"{layer}.g_idx")
     # Version 1 stores a zero less one, and lets it wrap around.
     offset = 0 if quantization.get("checkpoint_format") == "gptq_v2" else 1
-    packed = zeros.read().contiguous().view(torch.uint8)
+    packed = as_bytes(zeros.read())
     zero = ((torch.stack((packed & 15, packed >> 4), -1).flatten(1)[:, :num_outputs] + offset) & 15).t().contiguous()
     is_symmetric = bool((zero == _NIBBLES).all())
 
     def read() -> Integers:
         if order is not None and not torch.equal(order.read().long(), torch.arange(num_inputs) // group_size):
             raise _unknown("desc_act", "True: groups of channels that are no neighbours", f"{where}, {layer}")
-        codes = weight.read().t().contiguous().view(torch.uint8)
+        codes = as_bytes(weight.read().t())
         scales = _float16(scale.read().t().contiguous(), f"{where}, {layer}")
         return (codes, scales) if is_symmetric else (codes, scales, zero)
 

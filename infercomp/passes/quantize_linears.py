@@ -14,16 +14,16 @@ Linears of one input share its quantisation.
 
 Where the graph owns the weights (``frozen``), their integers replace them and the floats leave the graph. Each part of
 a merged weight has integers of its own, and these are merged in its place; in ``weight_sources`` they have the names
-that the compressed-tensors format gives them. Elsewhere the user may change a parameter, or use the graph for another
-module: there the integers are computed from the parameter by ``quantize_weight_int8`` or ``quantize_weight_int4`` in
-the graph, and embeddings stay as they are.
+that the compressed-tensors format gives them. Weights that come in integers (``stored_integers``) keep those. Elsewhere
+the user may change a parameter, or use the graph for another module: there the integers are computed from the
+parameter by ``quantize_weight_int8`` or ``quantize_weight_int4`` in the graph, and embeddings stay as they are.
 It comes after all passes that ask what a linear is, so that they need not know the quantised ones.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -106,12 +106,16 @@ class _Quantizer:
 
     def recipe_of(self, node: fx.Node, recipe: Recipe, names: Names) -> LinearRecipe | None:
         found = recipe_for(recipe, names, node)
-        return found.for_head if found is not None and self.is_head(node) else found
+        return found.for_head if found is not None and self.is_head(node) and not self._is_stored(node) else found
+
+    def _is_stored(self, node: fx.Node) -> bool:
+        """Whether a linear comes in integers: then it is what it is."""
+        return any(source.name in self._model_graph.stored_integers for source in _sources(_parameters(node)[0]))
 
     def why_not(self, node: fx.Node, recipe: LinearRecipe | None) -> str | None:
         if recipe is None:
             return "the recipe leaves it in floats"
-        if not self._context.config.quantize_lm_head and self.is_head(node):
+        if not self._context.config.quantize_lm_head and self.is_head(node) and not self._is_stored(node):
             return "it is the LM head, and quantize_lm_head is off"
         sources = _sources(_parameters(node)[0])
         if not all(self._model_graph.is_weight(source) for source in sources):
@@ -190,13 +194,17 @@ class _Quantizer:
         return [emit(merge_weights, list(parts)) for parts in zip(*of_sources, strict=True)]
 
     def _held_source(self, source: fx.Node, transposed: bool, recipe: LinearRecipe) -> list[fx.Node]:
+        stored = self._model_graph.stored_integers.get(source.name)
+        results = self._rounded(source, transposed, recipe) if stored is None else stored()
+        suffixes = _suffixes(recipe)
+        return [self._add_weight(source, *each, result) for each, result in zip(suffixes, results, strict=False)]
+
+    def _rounded(self, source: fx.Node, transposed: bool, recipe: LinearRecipe) -> Sequence[torch.Tensor]:
         tensor = self._model_graph.weights[source.name].detach()
         op, arguments = _weight_quantization(recipe)
         with torch.no_grad():
             pieces = [op.definition(part, *arguments) for part in _row_chunks(tensor.t() if transposed else tensor)]
-            results = [torch.cat(each) for each in zip(*pieces, strict=True)]
-        suffixes = _suffixes(recipe)
-        return [self._add_weight(source, *each, result) for each, result in zip(suffixes, results, strict=False)]
+            return [torch.cat(each) for each in zip(*pieces, strict=True)]
 
     def _add_weight(self, source: fx.Node, suffix: str, source_suffix: str, tensor: torch.Tensor) -> fx.Node:
         with self._model_graph.fake_mode:

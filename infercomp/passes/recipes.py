@@ -171,7 +171,7 @@ def fits(pattern: str, layers: Iterable[str]) -> bool:
     return any(fnmatchcase(layer, pattern) or fnmatchcase(layer, f"*.{pattern}") for layer in layers)
 
 
-_LINEAR_RECIPES: dict[str, type[LinearRecipe]] = {each.__name__.lower(): each for each in (W8A8, W8A16, W4A8, W4A16)}
+RECIPE_KINDS: dict[str, type[LinearRecipe]] = {each.__name__.lower(): each for each in (W8A8, W8A16, W4A8, W4A16)}
 
 
 def _kind_of(value: object) -> object:
@@ -180,11 +180,11 @@ def _kind_of(value: object) -> object:
 
 def _linear_recipe(value: object) -> LinearRecipe:
     kind = _kind_of(value)
-    if not isinstance(value, Mapping) or not isinstance(kind, str) or kind not in _LINEAR_RECIPES:
-        valid = f"valid: {', '.join([*_LINEAR_RECIPES, LayerRecipes.kind])}"
+    if not isinstance(value, Mapping) or not isinstance(kind, str) or kind not in RECIPE_KINDS:
+        valid = f"valid: {', '.join([*RECIPE_KINDS, LayerRecipes.kind])}"
         what = f'a recipe is an object whose "recipe" names one, not {describe(kind if kind else value)}'
         raise ConfigError(what, remedy=valid, field="recipe")
-    made = _LINEAR_RECIPES[kind]
+    made = RECIPE_KINDS[kind]
     names = [each.name for each in dataclasses.fields(made)]
     for name in value:
         if name not in ("recipe", *names):
