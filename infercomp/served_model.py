@@ -81,14 +81,12 @@ class ServedModel:
     def with_pools(self, pools: Mapping[str, torch.Tensor]) -> Callable[[StepInputs], torch.Tensor]:
         """The step over these caches: StepInputs of T tokens -> logits [R, vocabulary]."""
 
-        arguments = [None if name in STEP_INPUT_NAMES else pools[name] for name in self._input_names]
-        varying = [(i, name) for i, name in enumerate(self._input_names) if name in STEP_INPUT_NAMES]
+        bound = self._bound.with_inputs(pools)
+        names = tuple(name for name in self._input_names if name in STEP_INPUT_NAMES)
 
         def step(inputs: StepInputs) -> torch.Tensor:
-            given: list[Any] = arguments.copy()
-            for position, name in varying:
-                given[position] = getattr(inputs, name).to(self.device)
+            given = [getattr(inputs, name).to(self.device) for name in names]
             with torch.inference_mode():
-                return self._bound(*given)[0][0]
+                return bound(*given)[0][0]
 
         return step

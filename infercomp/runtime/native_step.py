@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from operator import is_
@@ -76,43 +76,40 @@ class NativeStep:
     weight_inputs: tuple[int, ...]
 
     def __call__(self, *inputs: Any) -> list[torch.Tensor]:
-        with self._table.lock:
-            return self._run(inputs)
-
-    def _run(self, inputs: tuple[Any, ...]) -> list[torch.Tensor]:
-        table = self._table
         weights = [inputs[position] for position in self.weight_inputs]
-        if len(weights) != len(table.weights) or not all(map(is_, weights, table.weights)):
-            table.weights = weights
-            table.contiguous_weights = table.set_inputs(zip(self.weight_inputs, weights, strict=True))
-        # Copies of inputs that were not contiguous live until the step is done.
-        contiguous = table.set_inputs([(position, inputs[position]) for position in self._varying_inputs])
-        sizes = tuple(inputs[s.position] if s.dim is None else inputs[s.position].shape[s.dim] for s in self.sizes)
-        offsets, num_bytes, shapes = self._layout(sizes)
-        outputs = [torch.empty(shape, dtype=o.dtype) for shape, o in zip(shapes, self.outputs, strict=True)]
-        base = table.arena_of(num_bytes)
-        table.run([*(base + offset for offset in offsets), *(output.data_ptr() for output in outputs)], sizes)
-        del contiguous
-        return outputs
+        with self._lock:
+            bound = self._bound[0] if self._bound else None
+            if bound is None or not all(map(is_, weights, bound.fixed.values())):
+                bound = self.bound(dict(zip(self.weight_inputs, weights, strict=True)))
+                self._bound[:] = [bound]
+        return bound(*(inputs[position] for position in bound.varying))
+
+    def bound(self, fixed: Mapping[int, Any]) -> BoundStep:
+        """The step as a function of its other inputs; the tensors of ``fixed``, by place, stay where they lie."""
+        return BoundStep(self, fixed)
 
     @contextlib.contextmanager
     def timed(self) -> Iterator[list[StepTiming]]:
         """Every run inside of the block is timed, kernel by kernel; reading clocks costs a little time itself."""
         timings: list[StepTiming] = []
-        self._table.timings = timings
+        self.timings.append(timings)
         try:
             yield timings
         finally:
-            self._table.timings = None
+            self.timings.remove(timings)
 
     @cached_property
-    def _varying_inputs(self) -> tuple[int, ...]:
-        constant = set(self.weight_inputs)
-        return tuple(position for position in range(self.num_inputs) if position not in constant)
+    def timings(self) -> list[list[StepTiming]]:
+        """Where runs in progress are noted; nothing is timed while it is empty."""
+        return []
 
     @cached_property
-    def _table(self) -> _Table:
-        return _Table(self)
+    def _lock(self) -> threading.Lock:
+        return threading.Lock()
+
+    @cached_property
+    def _bound(self) -> list[BoundStep]:
+        return []
 
     @cached_property
     def _layout_function(self) -> SizeFunction:
@@ -123,7 +120,7 @@ class NativeStep:
         return function
 
     @cached_property
-    def _layout(self) -> Callable[[tuple[int, ...]], tuple[list[int], int, list[tuple[int, ...]]]]:
+    def layout(self) -> Callable[[tuple[int, ...]], tuple[list[int], int, list[tuple[int, ...]]]]:
         @lru_cache(maxsize=1024)
         def layout(sizes: tuple[int, ...]) -> tuple[list[int], int, list[tuple[int, ...]]]:
             slots, shapes = self._layout_function(*sizes)
@@ -139,23 +136,49 @@ class NativeStep:
         return self
 
 
-class _Table:
-    """The step's call table on the other side."""
+class BoundStep:
+    """A step with inputs that stay where they are: its call table on the other side, and its arena."""
 
-    def __init__(self, step: NativeStep) -> None:
+    def __init__(self, step: NativeStep, fixed: Mapping[int, Any]) -> None:
+        self.fixed = dict(fixed)
+        self.varying = tuple(position for position in range(step.num_inputs) if position not in self.fixed)
+        self._step = step
         self._executor = load_executor(step.executor)
         self._library = ctypes.CDLL(str(step.library))
         self._handle = ctypes.c_void_p(self._executor.infercomp_step_new())
         self._num_inputs = step.num_inputs
         self._pointers = (ctypes.c_void_p * (step.num_inputs + len(step.slot_bytes) + len(step.outputs)))()
+        self._sizes = (_INT64 * max(1, len(step.sizes)))()
         self._num_sizes = len(step.sizes)
         # Steps of several threads share the table's pointers and its arena: one at a time.
-        self.lock = threading.Lock()
+        self._lock = threading.Lock()
         self._arena = torch.empty(0, dtype=torch.uint8)
-        self.weights: list[Any] = []
-        self.contiguous_weights: list[torch.Tensor] = []
-        self.timings: list[StepTiming] | None = None
-        self._num_calls = len(step.calls)
+        self._add_calls()
+        self._contiguous = self._note(self.fixed.items())
+        places = {position: place for place, position in enumerate(self.varying)}
+        self._size_places = [(places.get(source.position), source) for source in step.sizes]
+
+    def __call__(self, *varying: Any) -> list[torch.Tensor]:
+        """Takes the inputs that are not fixed, in their order."""
+        with self._lock:
+            # Copies of inputs that were not contiguous live until the step is done.
+            contiguous = self._note(zip(self.varying, varying, strict=True))
+            sizes = tuple([self._size(place, source, varying) for place, source in self._size_places])
+            offsets, num_bytes, shapes = self._step.layout(sizes)
+            outputs = [torch.empty(shape, dtype=o.dtype) for shape, o in zip(shapes, self._step.outputs, strict=True)]
+            base = self._arena_of(num_bytes)
+            rest = [*[base + offset for offset in offsets], *[output.data_ptr() for output in outputs]]
+            self._pointers[self._num_inputs :] = rest
+            self._run(sizes)
+            del contiguous
+        return outputs
+
+    def _size(self, place: int | None, source: SizeSource, varying: tuple[Any, ...]) -> int:
+        value = self.fixed[source.position] if place is None else varying[place]
+        return int(value if source.dim is None else value.shape[source.dim])
+
+    def _add_calls(self) -> None:
+        step = self._step
         for call in step.calls:
             kernel = ctypes.c_char.in_dll(self._library, f"infercomp_kernel_{call.kernel}")
             self._executor.infercomp_step_add(
@@ -168,38 +191,35 @@ class _Table:
                 _INT64(len(call.symbols)),
             )
 
-    def arena_of(self, num_bytes: int) -> int:
+    def _arena_of(self, num_bytes: int) -> int:
         """The address of that much memory, kept between steps: new memory costs a fault for each of its pages."""
         if self._arena.numel() < num_bytes + _ALIGNMENT:
             self._arena = torch.empty(num_bytes + _ALIGNMENT, dtype=torch.uint8)
         return -(-self._arena.data_ptr() // _ALIGNMENT) * _ALIGNMENT
 
-    def set_inputs(self, inputs: Iterable[tuple[int, Any]]) -> list[torch.Tensor]:
+    def _note(self, inputs: Iterable[tuple[int, Any]]) -> list[torch.Tensor]:
         """Note where inputs lie; returns the tensors that must live until the step is done."""
         tensors = [(position, x.contiguous()) for position, x in inputs if isinstance(x, torch.Tensor)]
         for position, tensor in tensors:
             self._pointers[position] = tensor.data_ptr()
         return [tensor for _, tensor in tensors]
 
-    def run(self, rest: Sequence[int], sizes: tuple[int, ...]) -> None:
-        """One step; ``rest`` are the addresses of slots and outputs."""
-        self._pointers[self._num_inputs :] = [*rest]
-        if self.timings is None:
-            self._run(sizes, is_timed=False)
+    def _run(self, sizes: tuple[int, ...]) -> None:
+        """One step over the inputs, slots and outputs that were noted."""
+        if not self._step.timings:
+            self._execute(sizes, is_timed=False)
             return
         start = time.perf_counter_ns()
-        self._run(sizes, is_timed=True)
+        self._execute(sizes, is_timed=True)
         nanoseconds = time.perf_counter_ns() - start
-        calls = tuple(self._nanoseconds(call) for call in range(self._num_calls))
-        self.timings.append(StepTiming(sizes, nanoseconds, calls))
+        calls = tuple(self._nanoseconds(call) for call in range(len(self._step.calls)))
+        for timings in self._step.timings:
+            timings.append(StepTiming(sizes, nanoseconds, calls))
 
-    def _run(self, sizes: tuple[int, ...], is_timed: bool) -> None:
+    def _execute(self, sizes: tuple[int, ...], is_timed: bool) -> None:
+        self._sizes[: self._num_sizes] = [*sizes]
         num_bad = self._executor.infercomp_step_run(
-            self._handle,
-            self._pointers,
-            (_INT64 * max(1, self._num_sizes))(*sizes),
-            torch.get_num_threads(),
-            int(is_timed),
+            self._handle, self._pointers, self._sizes, torch.get_num_threads(), int(is_timed)
         )
         if num_bad < 0:
             raise InputError(

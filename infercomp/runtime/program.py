@@ -14,6 +14,8 @@ from typing import Any, Protocol
 
 import torch
 
+from .bound_driver import bound_driver
+
 Shape = tuple[int, ...]
 
 
@@ -244,11 +246,28 @@ class BoundProgram:
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         results = self.program.function(*self._weights, *inputs)
-        for position, value in zip(self._mutated, results, strict=False):
-            inputs[position].copy_(value)
-        num_mutated = len(self._mutated)
-        orders = self.program.output_orders[num_mutated:]
-        return [_in_order(value, order) for value, order in zip(results[num_mutated:], orders, strict=True)]
+        return self._settled(results, [inputs[position] for position in self._mutated])
+
+    def with_inputs(self, fixed: Mapping[str, torch.Tensor]) -> Callable[..., Sequence[Any]]:
+        """The program as a function of its other inputs; weights and ``fixed`` stay where they lie from now on."""
+        program = self.program
+        weights = dict(zip(program.weight_names, self._weights, strict=True))
+        function = bound_driver(program.driver, program.steps, {**weights, **fixed})
+        others = [name for name in program.input_names if name not in fixed]
+
+        def call(*inputs: Any) -> Sequence[Any]:
+            results = function(*inputs)
+            mutated = program.mutated_inputs
+            return self._settled(results, [fixed[n] if n in fixed else inputs[others.index(n)] for n in mutated])
+
+        return call
+
+    def _settled(self, results: Sequence[Any], mutated: list[torch.Tensor]) -> Sequence[Any]:
+        """The outputs in the order that is expected of them, once inputs have their new values."""
+        for target, value in zip(mutated, results, strict=False):
+            target.copy_(value)
+        orders = self.program.output_orders[len(mutated) :]
+        return [_in_order(value, order) for value, order in zip(results[len(mutated) :], orders, strict=True)]
 
 
 def _in_order(value: Any, order: tuple[int, ...] | None) -> Any:

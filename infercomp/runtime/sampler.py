@@ -17,6 +17,7 @@ from .errors import NumericalError
 from .request import SamplingParams
 
 NEGATIVE_INFINITY = float("-inf")
+_NEGATIVE_INFINITY_BITS = 0xFF80
 
 
 def make_generator(seed: int | None) -> torch.Generator:
@@ -55,18 +56,24 @@ def _largest(logits: torch.Tensor) -> list[tuple[float, int]]:
     if logits.device.type != "cpu":
         values, places = logits.max(dim=-1)
         return list(zip(values.tolist(), places.tolist(), strict=True))
-    rows = _numpy_floats(logits)
-    return [(float(row[place]), place) for row, place in zip(rows, rows.argmax(-1).tolist(), strict=True)]
+    # torch would wake its threads, which then spin for a millisecond on the cores that the next step needs.
+    if logits.dtype != torch.bfloat16:
+        return [_largest_of(row) for row in logits.numpy()]
+    return [_largest_bfloat16(row) for row in logits.view(torch.int16).numpy()]
 
 
-def _numpy_floats(logits: torch.Tensor) -> np.ndarray[Any, Any]:
-    """The same numbers for NumPy, which looks at a register at a time where torch looks at one logit.
+def _largest_of(row: np.ndarray[Any, Any]) -> tuple[float, int]:
+    place = int(row.argmax())
+    return float(row[place]), place
 
-    torch would also wake its threads, which then spin for a millisecond on the cores that the next step needs.
-    """
-    if logits.dtype == torch.bfloat16:
-        return (logits.view(torch.int16).numpy().astype(np.int32) << 16).view(np.float32)
-    return logits.numpy()  # type: ignore[no-any-return]
+
+def _largest_bfloat16(bits: np.ndarray[Any, Any]) -> tuple[float, int]:
+    """The same of bfloat16 given as int16, of which positive ones have the order of their bits."""
+    place = int(bits.argmax())
+    # Above the bits of -inf are negative NaNs. Among zeros and negative ones the order is another.
+    if bits[place] <= 0 or bits.view(np.uint16).max() > _NEGATIVE_INFINITY_BITS:
+        return _largest_of((bits.astype(np.int32) << 16).view(np.float32))
+    return float((bits[place : place + 1].astype(np.int32) << 16).view(np.float32)[0]), place
 
 
 def warp(row: torch.Tensor, params: SamplingParams) -> torch.Tensor:

@@ -7,7 +7,7 @@ inputs of a compiled model, so the model is a function of what it is given.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import torch
 
@@ -35,16 +35,21 @@ class StepInputs:
         """Write a schedule of at least one request as tensors on the CPU."""
         items = schedule.scheduled
         row_starts = [0, *accumulate(item.num_scheduled_tokens for item in items)]
-        sampled_rows = [stop - 1 for item, stop in zip(items, row_starts[1:], strict=True) if item.is_sampled]
-        return cls(
-            input_ids=_int64([token for item in items for token in item.request.token_ids(item.start, item.stop)]),
-            positions=_int64([position for item in items for position in range(item.start, item.stop)]),
-            slot_mapping=_int64([slot for item in items for slot in _slots(item, block_size)]),
-            block_tables=_int64(_padded([_block_table(item, block_size) for item in items])),
-            seq_lens=_int64([item.stop for item in items]),
-            query_start_loc=_int64(row_starts),
-            logits_indices=_int64(sampled_rows),
-        )
+        tables = _padded([_block_table(item, block_size) for item in items])
+        parts = [
+            [token for item in items for token in item.request.token_ids(item.start, item.stop)],
+            [position for item in items for position in range(item.start, item.stop)],
+            [slot for item in items for slot in _slots(item, block_size)],
+            [block_id for table in tables for block_id in table],
+            [item.stop for item in items],
+            row_starts,
+            [stop - 1 for item, stop in zip(items, row_starts[1:], strict=True) if item.is_sampled],
+        ]
+        # One tensor, of which the fields are parts: making a tensor takes longer than its numbers.
+        numbers = torch.tensor(list(chain.from_iterable(parts)), dtype=torch.int64)
+        tensors = list(numbers.split([len(part) for part in parts]))
+        tensors[3] = tensors[3].view(len(items), -1)
+        return cls(*tensors)
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """The fields in the order of ``STEP_INPUT_NAMES``."""
@@ -52,10 +57,6 @@ class StepInputs:
 
 
 STEP_INPUT_NAMES: tuple[str, ...] = tuple(field.name for field in fields(StepInputs))
-
-
-def _int64(values: list[int] | list[list[int]]) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int64)
 
 
 def _slots(item: ScheduledRequest, block_size: int) -> list[int]:

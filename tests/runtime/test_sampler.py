@@ -141,3 +141,21 @@ def test_extreme_temperatures_stay_finite(temperature: float, dtype: torch.dtype
 def test_unseeded_generators_differ() -> None:
     assert make_generator(None).initial_seed() != make_generator(None).initial_seed()
     assert make_generator((1 << 63) + 14).initial_seed() == (1 << 63) + 14
+
+
+@settings(max_examples=300)
+@given(
+    bits=st.lists(
+        st.one_of(st.integers(0, 0xFFFF), st.sampled_from([0, 0x8000, 0x3F80, 0xBF80, 0x7F80, 0xFF80, 0x7FC0, 0xFFC0])),
+        min_size=1,
+        max_size=8,
+    )
+)
+def test_greedy_over_every_bfloat16(bits: list[int]) -> None:
+    row = torch.tensor(bits, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
+    (token,) = sample(row[None], [GREEDY], [make_generator(0)])
+    wide = row.double()
+    if wide.isnan().any() or not wide.max().isfinite():
+        assert isinstance(token, NumericalError)
+    else:
+        assert token == wide.tolist().index(wide.max().item())
