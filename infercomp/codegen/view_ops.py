@@ -9,7 +9,7 @@ import sympy
 import torch
 
 from . import scalar
-from .indexing import Element, reshape_index
+from .indexing import Element, floor_div, modulo, reshape_index
 from .lazy_tensor import Index, LazyTensor, Refused, broadcast_index, filled
 from .scalar import Scalar, index_less, where
 
@@ -132,6 +132,45 @@ def _index_select(result: LazyTensor, source: LazyTensor, dim: int, ids: LazyTen
     return _mapped(result, source, move)
 
 
+def _index(result: LazyTensor, source: LazyTensor, indices: list[LazyTensor | None]) -> LazyTensor:
+    """``source[:, :, ids]``: whole dimensions, and one that a vector picks from."""
+    given = [(dim, ids) for dim, ids in enumerate(indices) if ids is not None]
+    if len(given) != 1 or given[0][1].dim != 1 or given[0][1].dtype == torch.bool:
+        raise Refused("indices of several dimensions, or a mask")
+    return _index_select(result, source, *given[0])
+
+
+def _gather(result: LazyTensor, source: LazyTensor, dim: int, ids: LazyTensor, *_: Any) -> LazyTensor:
+    dim %= source.dim
+
+    def move(index: Index) -> Index:
+        return (*index[:dim], as_position(ids.at(index), source.shape[dim]), *index[dim + 1 :])
+
+    return _mapped(result, source, move)
+
+
+def _repeat(result: LazyTensor, source: LazyTensor, repeats: list[Any]) -> LazyTensor:
+    def own(position: sympy.Expr, extent: sympy.Expr, times: Any) -> sympy.Expr:
+        return position if times == 1 else modulo(position, extent)
+
+    def move(index: Index) -> Index:
+        kept = slice(result.dim - source.dim, None)
+        return tuple(map(own, index[kept], source.shape, repeats[kept]))
+
+    return _mapped(result, source, move)
+
+
+def _repeat_interleave(result: LazyTensor, source: LazyTensor, times: Any, dim: int | None, *_: Any) -> LazyTensor:
+    if dim is None:
+        raise Refused("repeats of a flattened tensor")
+    dim %= source.dim
+
+    def move(index: Index) -> Index:
+        return (*index[:dim], floor_div(index[dim], sympy.sympify(times)), *index[dim + 1 :])
+
+    return _mapped(result, source, move)
+
+
 def _arange(result: LazyTensor, *args: Any) -> LazyTensor:
     start, step = (args[0] if len(args) > 1 else 0), (args[2] if len(args) > 2 else 1)
     return LazyTensor(
@@ -189,6 +228,10 @@ MOVES: dict[Any, Callable[..., LazyTensor]] = {
     aten.stack.default: _stack,
     aten.embedding.default: _embedding,
     aten.index_select.default: _index_select,
+    aten.index.Tensor: _index,
+    aten.gather.default: _gather,
+    aten.repeat.default: _repeat,
+    aten.repeat_interleave.self_int: _repeat_interleave,
     aten.clone.default: _identity,
     aten.contiguous.default: _identity,
 }

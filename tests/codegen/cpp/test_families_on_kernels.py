@@ -10,14 +10,8 @@ from references import Float64Model, assert_errs_like_eager, tensors_of
 from infercomp.backend import compile_dynamo
 from infercomp.report import Report
 
-# What has no kernel yet, by family: masks gathered from ids, positions counted by cumsum, the patches of an image.
-LEFT_TO_ATEN = {
-    "gptj": {"aten.gather", "aten.repeat", "aten.repeat_interleave"},
-    "falcon": {"aten.index"},
-    "bert": {"aten.gather"},
-    "roberta": {"aten.cumsum", "aten.gather"},
-    "vit": {"aten.conv2d"},
-}
+# What has no kernel, by family: positions counted by cumsum, the patches of an image.
+LEFT_TO_ATEN = {"roberta": {"aten.cumsum"}, "vit": {"aten.conv2d"}}
 IN_EVERY_RUN = ("llama", "gemma2", "gpt2", "bloom")
 
 
