@@ -6,6 +6,8 @@ is compiled and saved first, and every run starts from the saved one, its kernel
 
     python benchmarks/cold_start.py --runs 5 --output benchmarks/results/cold_start.json
     python benchmarks/cold_start.py --saved --dtype bfloat16 --quantization w8a8
+
+With ``--compile`` the clock runs from loaded weights to an LLM that can be asked, with an empty cache of kernels.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +33,17 @@ if TYPE_CHECKING:
 QUESTION = "What is the capital of France?"
 ANSWER = "The capital of France is Paris."
 PACKAGES = ("torch", "transformers", "infercomp")
+
+
+def compile_here(model: str) -> dict[str, float | str]:
+    """Compile loaded weights in this process, and answer the question."""
+    import infercomp
+    from infercomp.loading.loader import load
+
+    loaded = load(model)
+    start = time.time()
+    llm = infercomp.LLM(loaded.model, loaded.tokenizer)
+    return {"seconds_to_compile": time.time() - start, "answer": answer_of(llm, 32)}
 
 
 def measure_here(start: float, model: str) -> dict[str, float | str]:
@@ -50,10 +64,11 @@ def measure_here(start: float, model: str) -> dict[str, float | str]:
     }
 
 
-def measure_fresh(model: str, cache: str, expected: str) -> dict[str, float | str]:
+def measure_fresh(model: str, cache: str, expected: str, compiles: bool = False) -> dict[str, float | str]:
     """The same in a fresh process, with the time it takes to start Python included."""
     environment = {**os.environ, "INFERCOMP_CACHE_DIR": cache}
     command = [sys.executable, __file__, "--child", repr(time.time()), "--model", model]
+    command += ["--compile"] if compiles else []
     finished = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     result: dict[str, float | str] = json.loads(finished.stdout.splitlines()[-1])
     if result["answer"] != expected:
@@ -112,7 +127,7 @@ def measured_runs(arguments: argparse.Namespace) -> tuple[list[dict[str, float |
         for number in range(arguments.runs):
             # A run from the original model finds no kernels.
             cache = kept if arguments.saved else f"{scratch}/cache{number}"
-            runs.append(measure_fresh(model, cache, str(facts["answer_checked"])))
+            runs.append(measure_fresh(model, cache, str(facts["answer_checked"]), arguments.compile))
             print(f"run {number + 1}: {runs[-1]}", flush=True)
     return runs, facts
 
@@ -122,19 +137,21 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--saved", action="store_true", help="start from a saved model")
+    parser.add_argument("--compile", action="store_true", help="time compiling loaded weights alone")
     parser.add_argument("--dtype", help="of the saved model: bfloat16, float32")
     parser.add_argument("--quantization", help="of the saved model")
     parser.add_argument("--child", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child is not None:
-        print(json.dumps(measure_here(arguments.child, arguments.model)))
+        measured = compile_here if arguments.compile else partial(measure_here, arguments.child)
+        print(json.dumps(measured(arguments.model)))
         return
     runs, facts = measured_runs(arguments)
     figures = {
         name: {"median": statistics.median(values), "min": min(values), "max": max(values)}
-        for name in ("seconds_to_ready", "seconds_to_first_token", "peak_memory_mib")
-        if (values := [float(run[name]) for run in runs])
+        for name in runs[0]
+        if name != "answer" and (values := [float(run[name]) for run in runs])
     }
     result = {
         "command": shlex.join(["python", "benchmarks/cold_start.py", *sys.argv[1:]]),
