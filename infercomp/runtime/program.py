@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from .bound_driver import bound_driver
+from .weight_memory import WeightMemory
 
 Shape = tuple[int, ...]
 
@@ -150,8 +151,9 @@ class Program:
         with torch.inference_mode(False), torch.no_grad():
             uses = Counter(name for packed in self.packed_weights for name in packed.source_names)
             uses.update([*self.weight_names, *(name for merge in self.merged_weights for name in merge.source_names)])
+            memory = WeightMemory()
             for packed in self.packed_weights:
-                made[packed.name] = packed.packed(weights)
+                made[packed.name] = memory.moved(packed.packed(weights))
                 uses.subtract(packed.source_names)
                 for name in set(packed.source_names):
                     if not uses[name]:

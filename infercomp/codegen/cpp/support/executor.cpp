@@ -65,7 +65,7 @@ private:
 };
 
 struct alignas(64) Phase {
-    std::unique_ptr<Range[]> ranges;  // one a thread
+    Range* ranges = nullptr;  // one a thread
     int64_t num_ranges = 0;
     std::atomic<int64_t> num_done{0};
     int64_t num_tasks = 0;
@@ -101,10 +101,12 @@ struct Step {
     std::vector<int64_t> symbols;   // of all calls: positions in the table of sizes
     std::vector<void*> pointers;    // both resolved for the step in progress
     std::vector<int64_t> sizes;
+    std::unique_ptr<Range[]> ranges;  // of all phases, side by side: each step writes them all
     Errors errors;
     uint64_t number = 0;
     int num_threads = 0;
     bool is_timed = false;
+    bool is_counted = false;
 
     void* const* pointers_of(const Call& call) const { return pointers.data() + call.first_operand; }
     const int64_t* sizes_of(const Call& call) const { return sizes.data() + call.first_symbol; }
@@ -297,15 +299,29 @@ void set_num_threads(Step& step, int num_threads) {
     // A thread that overslept may still look at the ranges.
     team().wait_until_idle();
     step.num_threads = num_threads;
+    step.ranges = std::make_unique<Range[]>(step.phases.size() * num_threads);
+    Range* next = step.ranges.get();
     for (Phase& phase : step.phases) {
-        phase.ranges = std::make_unique<Range[]>(num_threads);
+        phase.ranges = next;
         phase.num_ranges = num_threads;
+        next += num_threads;
     }
 }
 
-// Finds the operands and sizes of all calls in this step, and how many tasks each has; false if some phase has too many.
-bool resolve(Step& step, void* const* pointers, const int64_t* sizes) {
-    for (size_t i = 0; i < step.operands.size(); ++i) step.pointers[i] = pointers[step.operands[i]];
+bool has_counts_of(const Step& step, const int64_t* sizes, int num_threads) {
+    if (!step.is_counted || step.num_threads != num_threads) return false;
+    for (size_t i = 0; i < step.symbols.size(); ++i) {
+        if (step.sizes[i] != sizes[step.symbols[i]]) return false;
+    }
+    return true;
+}
+
+// Finds how many tasks each call has, which follows from the sizes alone; false if some phase has too many.
+bool count_tasks(Step& step, const int64_t* sizes, int num_threads) {
+    // Nobody may take a task while the counts change.
+    for (int64_t i = 0; step.ranges && i < int64_t(step.phases.size()); ++i) step.phases[i].close();
+    step.is_counted = false;
+    set_num_threads(step, num_threads);
     for (size_t i = 0; i < step.symbols.size(); ++i) step.sizes[i] = sizes[step.symbols[i]];
     for (Call& call : step.calls) call.num_tasks = call.kernel->num_tasks(step.pointers_of(call), step.sizes_of(call));
     for (Phase& phase : step.phases) {
@@ -314,6 +330,7 @@ bool resolve(Step& step, void* const* pointers, const int64_t* sizes) {
         if (num_tasks > Range::MAX_TASKS) return false;
         phase.num_tasks = num_tasks;
     }
+    step.is_counted = true;
     return true;
 }
 
@@ -351,13 +368,11 @@ void infercomp_step_add(void* handle, const void* kernel, int64_t phase, const i
 // Returns how many indices were out of range, or -1 where a phase has more tasks than can be counted.
 int64_t infercomp_step_run(void* handle, void* const* pointers, const int64_t* sizes, int num_threads, int is_timed) {
     Step& step = *static_cast<Step*>(handle);
-    // Nobody may take a task while the counts change.
-    for (Phase& phase : step.phases) phase.close();
-    set_num_threads(step, num_threads);
+    if (!has_counts_of(step, sizes, num_threads) && !count_tasks(step, sizes, num_threads)) return -1;
     step.number = (step.number + 1) % Range::CLOSED;
     step.is_timed = is_timed != 0;
     step.errors.index_out_of_range.store(0);
-    if (!resolve(step, pointers, sizes)) return -1;
+    for (size_t i = 0; i < step.operands.size(); ++i) step.pointers[i] = pointers[step.operands[i]];
     for (Phase& phase : step.phases) phase.open(step.number);
     if (num_threads > 1) {
         team().run(step, num_threads);
