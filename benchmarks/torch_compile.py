@@ -34,6 +34,9 @@ from cold_start import cpu_model, current_commit
 from families import FAMILIES, Family
 from references import tensors_of
 
+from infercomp.backend import compile_dynamo
+from infercomp.report import Report
+
 BATCH_SIZE, NUM_TOKENS = 4, 512
 ALLOWED_ERROR = 4.0
 ALLOWED_DISTURBANCE = 0.03
@@ -71,15 +74,25 @@ def inputs_of(family: Family) -> dict[str, torch.Tensor]:
     return {"pixel_values": torch.randn(BATCH_SIZE, 3, 224, 224, generator=torch.Generator().manual_seed(1))}
 
 
-def sides(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> dict[str, Run]:
-    """Each side as a call that is ready to be timed."""
+def sides(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor], reports: list[Report]) -> dict[str, Run]:
+    """Each side as a call that is ready to be timed; what infercomp did goes to ``reports``."""
+
+    def infercomp(graph_module: torch.fx.GraphModule, examples: list[Any]) -> Run:
+        return compile_dynamo(graph_module, examples, None, reports.append)
+
     runs: dict[str, Run] = {"eager": lambda: model(**inputs)}
-    for backend in ("infercomp", "inductor"):
+    for name, backend in (("infercomp", infercomp), ("inductor", "inductor")):
         torch._dynamo.reset()
         compiled = torch.compile(model, backend=backend)
         compiled(**inputs)
-        runs[backend] = lambda compiled=compiled: compiled(**inputs)
+        runs[name] = lambda compiled=compiled: compiled(**inputs)
     return runs
+
+
+def left_to_aten(reports: list[Report]) -> dict[str, int]:
+    """Calls of a forward that have no kernel, by op."""
+    executions = [each for report in reports for each in report.executions]
+    return {each.op: each.calls for each in executions if each.how == "aten" and each.op != "aten.sym_size"}
 
 
 def check(family: Family, runs: Mapping[str, Run], inputs: Mapping[str, torch.Tensor]) -> dict[str, float]:
@@ -127,9 +140,9 @@ def busy_seconds() -> float:
 
 def measure(family: Family, rounds: int) -> dict[str, Any]:
     """Milliseconds of each side and the ratios of their medians."""
-    model, inputs = build(family), inputs_of(family)
+    model, inputs, reports = build(family), inputs_of(family), list[Report]()
     with torch.inference_mode():
-        runs = sides(model, inputs)
+        runs = sides(model, inputs, reports)
         errors = check(family, runs, inputs)
         seconds: dict[str, list[float]] = {side: [] for side in runs}
         for _ in range(rounds):
@@ -141,6 +154,7 @@ def measure(family: Family, rounds: int) -> dict[str, Any]:
         "inductor_over_infercomp": round(medians["inductor"] / medians["infercomp"], 3),
         "eager_over_infercomp": round(medians["eager"] / medians["infercomp"], 3),
         "largest_error": errors,
+        "left_to_aten": left_to_aten(reports),
     }
 
 

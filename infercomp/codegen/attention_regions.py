@@ -146,6 +146,9 @@ def _bias(region: Region, node: fx.Node | None) -> tuple[str, torch.dtype, sympy
     if tensor.dtype not in (torch.float32, torch.bfloat16, torch.bool):
         raise Refused(f"a mask of {tensor.dtype}")
     offset, strides = _strides_of_any(region, node, tensor)
+    if region.language == "cpp" and strides and strides[-1] not in (0, 1):
+        # The C++ kernel adds whole registers of a row; T5 makes its mask with the heads innermost.
+        raise NotRowMajor(node)
     padded = (*[sympy.Integer(0)] * (4 - tensor.dim), *strides)
     return _buffer_of(region, node), tensor.dtype, offset, padded
 
