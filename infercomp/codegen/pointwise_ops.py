@@ -105,6 +105,8 @@ _ARITHMETIC: dict[Any, tuple[Formula, int]] = {
     aten.div.Scalar: (lambda x, y: binary("div", x, y), 2),
     aten.maximum.default: (lambda x, y: binary("maximum", x, y), 2),
     aten.minimum.default: (lambda x, y: binary("minimum", x, y), 2),
+    aten.max.other: (lambda x, y: binary("maximum", x, y), 2),
+    aten.min.other: (lambda x, y: binary("minimum", x, y), 2),
     aten.pow.Tensor_Scalar: (_pow, 2),
     aten.pow.Tensor_Tensor: (_pow, 2),
     aten.silu.default: (silu, 1),

@@ -132,14 +132,6 @@ def _index_select(result: LazyTensor, source: LazyTensor, dim: int, ids: LazyTen
     return _mapped(result, source, move)
 
 
-def _index(result: LazyTensor, source: LazyTensor, indices: list[LazyTensor | None]) -> LazyTensor:
-    """``source[:, :, ids]``: whole dimensions, and one that a vector picks from."""
-    given = [(dim, ids) for dim, ids in enumerate(indices) if ids is not None]
-    if len(given) != 1 or given[0][1].dim != 1 or given[0][1].dtype == torch.bool:
-        raise Refused("indices of several dimensions, or a mask")
-    return _index_select(result, source, *given[0])
-
-
 def _gather(result: LazyTensor, source: LazyTensor, dim: int, ids: LazyTensor, *_: Any) -> LazyTensor:
     dim %= source.dim
 
@@ -228,7 +220,6 @@ MOVES: dict[Any, Callable[..., LazyTensor]] = {
     aten.stack.default: _stack,
     aten.embedding.default: _embedding,
     aten.index_select.default: _index_select,
-    aten.index.Tensor: _index,
     aten.gather.default: _gather,
     aten.repeat.default: _repeat,
     aten.repeat_interleave.self_int: _repeat_interleave,

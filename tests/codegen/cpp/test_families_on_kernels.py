@@ -10,8 +10,8 @@ from references import Float64Model, assert_errs_like_eager, tensors_of
 from infercomp.backend import compile_dynamo
 from infercomp.report import Report
 
-# What has no kernel, by family: positions counted by cumsum, the patches of an image.
-LEFT_TO_ATEN = {"roberta": {"aten.cumsum"}, "vit": {"aten.conv2d"}}
+# What has no kernel, by family: indices that may be negative, positions counted by cumsum, the patches of an image.
+LEFT_TO_ATEN = {"falcon": {"aten.index"}, "roberta": {"aten.cumsum"}, "vit": {"aten.conv2d"}}
 IN_EVERY_RUN = ("llama", "gemma2", "gpt2", "bloom")
 
 
