@@ -12,6 +12,7 @@ from .codegen.model_graph import ModelGraph
 from .config import Config
 from .dumps import Dump, open_dump
 from .kernel_files import kernel_files
+from .passes.calibration import Calibration
 from .passes.config import PassConfig
 from .passes.pipeline import run_pipeline
 from .passes.record import PassRecord
@@ -60,7 +61,12 @@ def _for_kernels(model_graph: ModelGraph, config: Config) -> PassConfig:
 
 
 def rewrite_graph(
-    model_graph: ModelGraph, config: Config, example_inputs: Mapping[str, Any] | None, *, serving: bool = False
+    model_graph: ModelGraph,
+    config: Config,
+    example_inputs: Mapping[str, Any] | None,
+    *,
+    serving: bool = False,
+    calibration: Calibration | None = None,
 ) -> Rewritten:
     """Run the pipeline on ``model_graph`` (in place); dumps every stage if ``config.dump`` is set."""
     dump = open_dump(config.dump) if config.dump else None
@@ -71,6 +77,7 @@ def rewrite_graph(
         _for_kernels(model_graph, config) if serving else config.passes,
         serving=serving,
         example_inputs=example_inputs,
+        calibration=calibration,
         on_change=dump.write_graph if dump else None,
     )
     return Rewritten(model_graph, records, dump)
@@ -89,7 +96,13 @@ def lower_graph(rewritten: Rewritten, config: Config) -> Compiled:
 
 
 def compile_graph(
-    model_graph: ModelGraph, config: Config, example_inputs: Mapping[str, Any] | None, *, serving: bool = False
+    model_graph: ModelGraph,
+    config: Config,
+    example_inputs: Mapping[str, Any] | None,
+    *,
+    serving: bool = False,
+    calibration: Calibration | None = None,
 ) -> Compiled:
     """Rewrite ``model_graph`` (in place) and lower it."""
-    return lower_graph(rewrite_graph(model_graph, config, example_inputs, serving=serving), config)
+    rewritten = rewrite_graph(model_graph, config, example_inputs, serving=serving, calibration=calibration)
+    return lower_graph(rewritten, config)

@@ -35,8 +35,9 @@ class LLM:
     ``model`` is a folder (of a checkpoint, or what ``save`` wrote), a ``.gguf`` file, a hub id, or a module
     whose forward takes ``input_ids`` and returns logits [1, tokens, vocabulary]; it is put in eval mode, and
     merged weights stay shared with it. ``tokenizer`` is a Hugging Face tokenizer; without one, prompts are
-    token ids. ``options`` are those of ``infercomp.config.parse_options`` (``num_blocks``, ``max_num_seqs``,
-    ``disable``, ``dump`` …); of a saved model, those that compiling depends on are fixed.
+    token ids. ``calibration`` is text for recipes that need some (``calibration_samples.calibration_for``).
+    ``options`` are those of ``infercomp.config.parse_options`` (``num_blocks``, ``max_num_seqs``, ``disable``,
+    ``dump`` …); of a saved model, those that compiling depends on are fixed.
 
     Raises ModelLoadError for a bad source, CaptureError and ProofError for a model that cannot be
     served with a cache, ConfigError for a bad option.
@@ -48,15 +49,16 @@ class LLM:
         tokenizer: Any = None,
         *,
         dtype: torch.dtype | None = None,
+        calibration: Any = None,
         **options: Any,
     ) -> None:
         config = parse_options(options)
         if is_artifact(model):
-            _require_saved_dtype(dtype)
+            _require_only_options(dtype, calibration)
             form, weights = load_artifact(model, config)  # type: ignore[arg-type]
             tokenizer = tokenizer or load_saved_tokenizer(Path(model).expanduser())  # type: ignore[arg-type]
         else:
-            form, weights, tokenizer = _compiled(model, tokenizer, dtype, config)
+            form, weights, tokenizer = _compiled(model, tokenizer, dtype, config, calibration)
             # Weights are packed one after the other, and what nobody else holds goes as it is packed. Capturing
             # leaves cycles behind that hold the module.
             del model
@@ -275,7 +277,11 @@ def _params_per_prompt(
 
 
 def _compiled(
-    model: str | os.PathLike[str] | torch.nn.Module, tokenizer: Any, dtype: torch.dtype | None, config: Config
+    model: str | os.PathLike[str] | torch.nn.Module,
+    tokenizer: Any,
+    dtype: torch.dtype | None,
+    config: Config,
+    calibration: Any,
 ) -> tuple[ServedForm, dict[str, torch.Tensor], Any]:
     """The model compiled: its served form, its weights and its tokenizer."""
     # A saved model needs none of the compiler.
@@ -296,13 +302,17 @@ def _compiled(
         config = with_stored_recipe(config, linears, module)
     _max_model_len(position_limit(module), config)
     prefetch_kernels(module.eval(), config)
-    return *compile_for_serving(module, tokenizer, config, linears), tokenizer
+    return *compile_for_serving(module, tokenizer, config, linears, calibration), tokenizer
 
 
-def _require_saved_dtype(dtype: torch.dtype | None) -> None:
+def _require_only_options(dtype: torch.dtype | None, calibration: Any) -> None:
+    """A saved model is what it is."""
     if dtype is not None:
         remedy = "leave it out, or load the original model with this dtype"
         raise ConfigError("a saved model has the dtype that it was saved with", field="dtype", remedy=remedy)
+    if calibration is not None:
+        remedy = "leave it out, or load the original model with it"
+        raise ConfigError("a saved model needs no calibration", field="calibration", remedy=remedy)
 
 
 def _max_model_len(limit: int | None, config: Config) -> int:

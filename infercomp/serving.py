@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .calibration_samples import calibration_for
 from .capture import capture_export
 from .codegen.model_graph import ModelGraph, value_of
 from .compiler import lower_graph, rewrite_graph
@@ -86,11 +87,16 @@ def end_of_sequence_ids(model: torch.nn.Module, tokenizer: Any) -> frozenset[int
 
 
 def compile_for_serving(
-    model: torch.nn.Module, tokenizer: Any, config: Config, linears: Mapping[str, StoredLinear] | None = None
+    model: torch.nn.Module,
+    tokenizer: Any,
+    config: Config,
+    linears: Mapping[str, StoredLinear] | None = None,
+    calibration: Any = None,
 ) -> tuple[ServedForm, dict[str, torch.Tensor]]:
     """The served form of ``model``, and its weights by their names in the program.
 
-    ``linears`` are those whose weights come in integers. Raises UnsupportedError for one that no kernel takes.
+    ``linears`` are those whose weights come in integers, ``calibration`` is what ``calibration_for`` takes. Raises
+    UnsupportedError for a linear in integers that no kernel takes.
     """
     limit = position_limit(model)
     captured, examples = capture_for_serving(model, limit)
@@ -98,11 +104,21 @@ def compile_for_serving(
         readers = {f"model.{name}.weight": linear.read for name, linear in linears.items()}
         sources = captured.weight_sources
         captured.stored_integers |= {n: readers[source] for n, source in sources.items() if source in readers}
-    rewritten = rewrite_graph(captured, config, examples, serving=True)
+    samples = calibration_for(
+        config.passes.recipe,
+        calibration,
+        tokenizer,
+        examples,
+        vocab_size=getattr(getattr(model, "config", None), "vocab_size", None),
+        max_positions=limit,
+    )
+    rewritten = rewrite_graph(captured, config, examples, serving=True, calibration=samples)
     require_all_taken(captured, rewritten.records)
     compiled = lower_graph(rewritten, config)
     logits = value_of(captured.output_node().args[0][0])
     names = {name: source.removeprefix("model.") for name, source in captured.weight_sources.items()}
+    # What smoothing has put behind a norm is none of the model's own tensors.
+    has_factors = any(name.endswith("_smoothing") for name in captured.weights)
     form = ServedForm(
         compiled.program,
         compiled.report,
@@ -113,7 +129,7 @@ def compile_for_serving(
         limit,
         end_of_sequence_ids(model, tokenizer),
         names,
-        _checkpoint_config(model, names.values()),
+        None if has_factors else _checkpoint_config(model, names.values()),
     )
     return form, captured.weights
 

@@ -175,6 +175,7 @@ def test_weights_of_another_shape_are_a_typed_error(copied: Path, tmp_path: Path
         ("codegen", {"codegen": "triton"}),
         ("dump", {"dump": "stages"}),
         ("dtype", {"dtype": torch.bfloat16}),
+        ("calibration", {"calibration": ["text"]}),
     ],
 )
 def test_options_of_compiling_are_fixed(folder: Path, field: str, options: dict[str, Any]) -> None:

@@ -164,3 +164,12 @@ def test_whoever_wants_floats_is_told(tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError) as caught:
         load(as_checkpoint(folder))
     assert caught.value.field == "quantization_config"
+
+
+def test_a_smoothed_model_is_served_as_before(tmp_path: Path) -> None:
+    """Scales are folded into what is saved; what other tools read is the same function of the same tensors."""
+    tokens = [torch.arange(3, 203) % 250]
+    llm = LLM(byte_model(), byte_tokenizer(), num_blocks=8, quantization="w8a8-smoothquant", calibration=tokens)
+    llm.save(tmp_path / "model")
+    assert torch.equal(LLM(tmp_path / "model", num_blocks=8).logits(TOKENS), llm.logits(TOKENS))
+    assert torch.equal(LLM(as_checkpoint(tmp_path / "model"), num_blocks=8).logits(TOKENS), llm.logits(TOKENS))

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from ..codegen.model_graph import ModelGraph, source_line
+from .calibration import Calibration
 from .config import PassConfig
 from .record import NearMiss, Site
 
@@ -70,9 +71,12 @@ class MatchBudget:
 class PassContext:
     """The frame's side of one pass run."""
 
-    def __init__(self, name: str, config: PassConfig, budget: MatchBudget) -> None:
+    def __init__(
+        self, name: str, config: PassConfig, budget: MatchBudget, calibration: Calibration | None = None
+    ) -> None:
         self.name = name
         self.config = config
+        self.calibration = calibration
         self.sites: list[Site] = []
         self.near_misses: list[NearMiss] = []
         self.num_skipped = 0

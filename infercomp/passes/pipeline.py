@@ -13,6 +13,7 @@ from typing import Any
 
 from ..codegen.model_graph import ModelGraph
 from ..runtime.errors import PassError
+from .calibration import Calibration
 from .config import PassConfig, check_pass_names
 from .fold_constants import FOLD_CONSTANTS
 from .fuse_embedding_norm import FUSE_EMBEDDING_NORM
@@ -35,6 +36,7 @@ from .recognize_masks import RECOGNIZE_MASKS
 from .recognize_norm import RECOGNIZE_NORM
 from .record import PassRecord
 from .select_logit_rows import SELECT_LOGIT_ROWS
+from .smooth_activations import SMOOTH_ACTIVATIONS
 from .verify import check_structure, measure, output_values, tape_of
 
 PIPELINE: tuple[Pass, ...] = (
@@ -46,6 +48,7 @@ PIPELINE: tuple[Pass, ...] = (
     RECOGNIZE_MASKS,
     RECOGNIZE_GATED_MLP,
     FOLD_CONSTANTS,
+    SMOOTH_ACTIVATIONS,
     MERGE_LINEARS,
     PAGE_ATTENTION,
     SELECT_LOGIT_ROWS,
@@ -86,12 +89,14 @@ def run_pipeline(
     *,
     serving: bool = False,
     example_inputs: Mapping[str, Any] | None = None,
+    calibration: Calibration | None = None,
     pipeline: tuple[Pass, ...] = PIPELINE,
     on_change: OnChange | None = None,
 ) -> tuple[PassRecord, ...]:
     """Run the passes in order on ``model_graph``, in place; one record a pass.
 
-    ``example_inputs`` (by placeholder name) are needed for ``config.verify``. Raises ConfigError for
+    ``example_inputs`` (by placeholder name) are needed for ``config.verify``, ``calibration`` for recipes that say so.
+    Raises ConfigError for
     an unknown pass name, VerificationError where a pass breaks the graph or leaves its class.
     """
     check_pass_names(config, pass_names(pipeline))
@@ -104,7 +109,7 @@ def run_pipeline(
             continue
         # What serving cannot do without is no step of a bisection.
         own_budget = budget if graph_pass.optional else MatchBudget(None)
-        record, inputs = _run_pass(graph_pass, model_graph, config, own_budget, inputs)
+        record, inputs = _run_pass(graph_pass, model_graph, config, own_budget, inputs, calibration)
         if record.matches and on_change is not None:
             on_change(index, graph_pass.name, model_graph, inputs)
         records.append(record)
@@ -117,9 +122,10 @@ def _run_pass(
     config: PassConfig,
     budget: MatchBudget,
     inputs: Mapping[str, Any] | None,
+    calibration: Calibration | None,
 ) -> tuple[PassRecord, Mapping[str, Any] | None]:
     """The pass's record, and the example inputs as the graph takes them after it."""
-    context = PassContext(graph_pass.name, config, budget)
+    context = PassContext(graph_pass.name, config, budget, calibration)
     before = tape_of(model_graph) if config.verify else []
     weights_before = dict(model_graph.weights) if config.verify else {}
     outputs_before = output_values(model_graph)

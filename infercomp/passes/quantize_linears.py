@@ -43,7 +43,7 @@ from ..codegen.ops import (
     quantize_weight_int8,
 )
 from .graph_pass import LOSSY, Pass, PassContext, is_float_tensor
-from .recipe_layers import Names, check_group, check_patterns, recipe_for
+from .recipe_layers import Names, check_group, check_patterns, layer_names, recipe_for
 from .recipes import W8A8, W8A16, LinearRecipe, Recipe
 
 _LINEARS = {(8, 8): int8_linear, (8, 16): int8_weight_linear, (4, 8): int4_linear, (4, 16): int4_weight_linear}
@@ -56,7 +56,10 @@ def run(model_graph: ModelGraph, context: PassContext) -> None:
     if recipe is None:
         return
     quantizer = _Quantizer(model_graph, context)
-    layers = {node: quantizer.layers_of(node) for node in model_graph.calls(linear.overload)}
+    layers = {
+        node: [layer_names(model_graph, source) for source in _sources(_parameters(node)[0])]
+        for node in model_graph.calls(linear.overload)
+    }
     check_patterns(recipe, layers, context, is_whole=model_graph.frozen)
     wanted = {node: quantizer.recipe_of(node, recipe, names) for node, names in layers.items()}
     reasons = {node: quantizer.why_not(node, its_recipe) for node, its_recipe in wanted.items()}
@@ -94,15 +97,6 @@ class _Quantizer:
         aliases = self._aliases(_parameters(node)[0])
         has_table = any(user.target == aten.embedding.default for alias in aliases for user in alias.users)
         return has_table or node in self._heads
-
-    def layers_of(self, node: fx.Node) -> list[list[str]]:
-        """The names of the layers whose weights a linear has: for each, those of all parameters of its memory."""
-        return [self._layer_names(source) for source in _sources(_parameters(node)[0])]
-
-    def _layer_names(self, weight: fx.Node) -> list[str]:
-        sources = self._model_graph.weight_sources
-        names = [sources.get(alias.name, alias.name) for alias in self._aliases(weight) or [weight]]
-        return [name.removesuffix(".weight") for name in names]
 
     def recipe_of(self, node: fx.Node, recipe: Recipe, names: Names) -> LinearRecipe | None:
         found = recipe_for(recipe, names, node)
@@ -281,4 +275,6 @@ def _drop_unused_weights(model_graph: ModelGraph) -> None:
             model_graph.weight_sources.pop(node.name, None)
 
 
-QUANTIZE_LINEARS = Pass("quantize_linears", run, LOSSY, after=("merge_linears", "select_logit_rows"))
+QUANTIZE_LINEARS = Pass(
+    "quantize_linears", run, LOSSY, after=("smooth_activations", "merge_linears", "select_logit_rows")
+)

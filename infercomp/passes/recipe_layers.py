@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import fx
 
-from ..codegen.model_graph import source_line, value_of
+from ..codegen.model_graph import ModelGraph, source_line, value_of
 from ..runtime.errors import ConfigError
 from .config import nearest_name
 from .graph_pass import PassContext
@@ -14,6 +14,14 @@ from .recipes import LinearRecipe, Recipe, fits
 
 Names = Sequence[Sequence[str]]
 """For each weight that is merged into a linear's, the layer's name in the model, and others for the same memory."""
+
+
+def layer_names(model_graph: ModelGraph, weight: fx.Node) -> list[str]:
+    """The names in the model, without the ending, of the layers whose weight this is: tied ones share their memory."""
+    weights, sources = model_graph.weights, model_graph.weight_sources
+    address = weights[weight.name].data_ptr() if model_graph.is_weight(weight) else 0
+    tied = [name for name in weights if address and weights[name].data_ptr() == address and name != weight.name]
+    return [sources.get(name, name).removesuffix(".weight") for name in (weight.name, *tied)]
 
 
 def check_patterns(recipe: Recipe, layers: Mapping[fx.Node, Names], context: PassContext, *, is_whole: bool) -> None:

@@ -82,6 +82,11 @@ class LinearRecipe(Recipe):
         return (("*", self),)
 
     @property
+    def smoothing(self) -> float | None:
+        """SmoothQuant's alpha, or None where outliers stay in the activations."""
+        return None
+
+    @property
     def for_head(self) -> LinearRecipe:
         """What the LM head gets in place of this recipe: 8 bits in every scheme."""
         return W8A8() if self.activation_bits == 8 else W8A16()
@@ -102,6 +107,21 @@ class W8A8(LinearRecipe):
 
     weight_bits = 8
     activation_bits = 8
+
+    smooth_alpha: float | None = None
+    """How much of the activations' outliers moves into the weights, in [0, 1] (SmoothQuant, Xiao et al. 2022: 0.5);
+    needs calibration data. None leaves all where they are."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        alpha = self.smooth_alpha
+        is_number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
+        if alpha is not None and not (is_number and 0 <= alpha <= 1):
+            raise ConfigError(f"smooth_alpha must be in [0, 1] or None, not {describe(alpha)}", field="smooth_alpha")
+
+    @property
+    def smoothing(self) -> float | None:
+        return self.smooth_alpha
 
 
 @dataclass(frozen=True)
@@ -205,6 +225,7 @@ def _layer_recipes(value: Mapping[str, Any]) -> LayerRecipes:
 # What a name stands for: `w4a8-g32-sym` is `W4A8(group_size=32, symmetric=True)`.
 RECIPES: dict[str, LinearRecipe] = {
     "w8a8": W8A8(),
+    "w8a8-smoothquant": W8A8(smooth_alpha=0.5),
     "w8a16": W8A16(),
     "w4a8": W4A8(),
     "w4a16": W4A16(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -17,7 +18,10 @@ from infercomp.runtime.errors import ConfigError
 
 groups = st.integers(1, 256).map(lambda count: 32 * count)
 linear_recipes = st.one_of(
-    st.sampled_from([W8A8(), W8A16()]), st.builds(W4A8, groups, st.booleans()), st.builds(W4A16, groups, st.booleans())
+    st.builds(W8A8, smooth_alpha=st.none() | st.floats(0, 1)),
+    st.just(W8A16()),
+    st.builds(W4A8, groups, st.booleans()),
+    st.builds(W4A16, groups, st.booleans()),
 )
 rules = st.tuples(st.text(min_size=1), st.none() | linear_recipes)
 recipes = linear_recipes | st.builds(LayerRecipes, st.lists(rules, min_size=1, max_size=4).map(tuple))
@@ -47,6 +51,9 @@ def test_json_may_leave_out_what_has_a_default() -> None:
 def test_a_name_is_short_for_a_recipe(name: str) -> None:
     recipe = PassConfig(quantization=name).recipe
     assert recipe == PassConfig(quantization=RECIPES[name]).recipe == RECIPES[name]
+    if name == "w8a8-smoothquant":
+        assert recipe == W8A8(smooth_alpha=0.5)
+        return
     given_group = f"-g{RECIPES[name].group_size}" if "-g" in name else ""
     suffix = "-sym" if given_group and RECIPES[name].symmetric else ""
     assert name == f"w{RECIPES[name].weight_bits}a{RECIPES[name].activation_bits}{given_group}{suffix}"
@@ -73,6 +80,10 @@ def test_a_group_that_no_kernel_takes_is_refused(made: Any, group_size: Any) -> 
         (lambda: W8A8(group_size=32), "group_size"),
         (lambda: W8A16(symmetric=False), "symmetric"),
         (lambda: W4A16(symmetric=1), "symmetric"),
+        *[
+            (lambda alpha=alpha: W8A8(smooth_alpha=alpha), "smooth_alpha")
+            for alpha in (-0.1, 1.1, math.nan, math.inf, "0.5", True)
+        ],
         (lambda: LayerRecipes(()), "layers"),
         (lambda: LayerRecipes([("*", W8A8())]), "layers"),
         (lambda: LayerRecipes((("*", "w8a8"),)), "layers"),

@@ -1,0 +1,243 @@
+"""Outliers of activations move into weights, where 8 bits hold them: SmoothQuant (Xiao et al. 2022).
+
+    x = rms_norm(h, g)                    ->    x = rms_norm(h, g / s)
+    y = linear(x, w)                            y = linear(x, w * s)            s_j = max|x_j|^a / max|w_j|^(1 - a)
+
+For each layer whose recipe has a ``smooth_alpha``, a. Maxima of x are those of the calibration samples. The scales are
+divided out of what makes x: a norm's weight and bias, the ``up`` linear of a gated activation, or the linear of the
+values behind attention, whose channels a group of query heads shares. They are rounded to powers of two, so that all
+quotients and products are exact; Gemma's ``1 + w`` has no exact quotient, so its norm gets a multiplication behind it.
+The names and shapes of weights stay. It needs weights that the graph owns (``frozen``), and comes before linears are
+merged, where each has its parameter alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from ..codegen.model_graph import ModelGraph, aten, same_shape, same_size, shape_of, value_of
+from ..codegen.ops import attention, gated_activation, layer_norm, linear, rms_norm
+from ..runtime.errors import ConfigError
+from .calibration import Calibration, largest_of_channels
+from .graph_pass import Pass, PassContext
+from .recipe_layers import check_patterns, layer_names, recipe_for
+from .recipes import Recipe
+
+_LARGEST_EXPONENT = 16
+_HEADS_BEHIND_TOKENS = [0, 2, 1, 3]
+
+
+def run(model_graph: ModelGraph, context: PassContext) -> None:
+    recipe = context.config.recipe
+    if recipe is None or all(each is None or each.smoothing is None for _, each in recipe.rules):
+        return
+    if not model_graph.frozen:
+        what = "smooth_alpha changes weights, and those of torch.compile are the user's"
+        raise ConfigError(what, remedy="use LLM, or a recipe without smooth_alpha", field="smooth_alpha")
+    if context.calibration is None:
+        what = "smooth_alpha needs samples of text to see the activations' outliers"
+        raise ConfigError(what, remedy="LLM(..., calibration=texts)", field="calibration")
+    _Smoother(model_graph, context, recipe).smooth(context.calibration)
+
+
+@dataclass(frozen=True)
+class _Producer:
+    """What makes a linear's input: ``divide`` takes a scale for each of its channels, which lie [heads, D].
+
+    The linear's channels lie [heads, repeats, D].
+    """
+
+    divide: Callable[[torch.Tensor], None]
+    num_heads: int = 1
+    num_repeats: int = 1
+
+    def shared(self, maxima: torch.Tensor) -> torch.Tensor:
+        return maxima.view(self.num_heads, self.num_repeats, -1).amax(1).flatten()
+
+    def repeated(self, scales: torch.Tensor) -> torch.Tensor:
+        return scales.view(self.num_heads, 1, -1).expand(-1, self.num_repeats, -1).flatten()
+
+
+class _NoProducerError(Exception):
+    """Why scales cannot be folded, as a near miss says it."""
+
+
+class _Smoother:
+    def __init__(self, model_graph: ModelGraph, context: PassContext, recipe: Recipe) -> None:
+        self._model_graph = model_graph
+        self._context = context
+        self._recipe = recipe
+        addresses = [tensor.data_ptr() for tensor in model_graph.weights.values() if tensor.numel()]
+        self._shared_addresses = {address for address in addresses if addresses.count(address) > 1}
+
+    def smooth(self, calibration: Calibration) -> None:
+        names = {node: [layer_names(self._model_graph, node.args[1])] for node in self._linears()}
+        check_patterns(self._recipe, names, self._context, is_whole=True)
+        readers: dict[fx.Node, list[fx.Node]] = {}
+        for node in names:
+            readers.setdefault(node.args[0], []).append(node)  # type: ignore[arg-type]
+        chosen = {}
+        for source, linears in readers.items():
+            recipes = [recipe_for(self._recipe, names[node], node) for node in linears]
+            alphas = {each.smoothing if each is not None else None for each in recipes}
+            if alphas == {None}:
+                continue
+            try:
+                producer = self._producer(source, linears, alphas)
+            except _NoProducerError as error:
+                self._context.near_miss(linears[0], str(error))
+                continue
+            if self._context.claim(linears[0]) is not None:
+                chosen[source] = (producer, linears, alphas.pop())
+        wanted = {source: names[linears[0]][0][0] for source, (_, linears, _) in chosen.items()}
+        maxima = largest_of_channels(self._model_graph, calibration, wanted)
+        for source, (producer, linears, alpha) in chosen.items():
+            self._fold(maxima[source], producer, linears, alpha)
+
+    def _linears(self) -> list[fx.Node]:
+        return self._model_graph.calls(linear.overload)
+
+    def _fold(self, maxima: torch.Tensor, producer: _Producer, linears: list[fx.Node], alpha: float | None) -> None:
+        assert alpha is not None, "linears without it are left out"
+        of_weights = torch.stack([self._largest_of_inputs(node) for node in linears]).amax(0)
+        scales = _scales(producer.shared(maxima), producer.shared(of_weights), alpha)
+        producer.divide(scales)
+        for node in linears:
+            self._multiply(node.args[1], producer.repeated(scales), _input_dim(node))
+
+    def _largest_of_inputs(self, node: fx.Node) -> torch.Tensor:
+        weight = self._model_graph.weights[node.args[1].name].detach()  # type: ignore[union-attr]
+        return weight.abs().amax(1 - _input_dim(node)).float()
+
+    def _multiply(self, weight: fx.Node, scales: torch.Tensor, dim: int) -> None:
+        tensor = self._model_graph.weights[weight.name].detach()
+        shape = [-1 if each == dim else 1 for each in range(tensor.dim())]
+        self._model_graph.weights[weight.name] = tensor * scales.to(tensor).view(shape)
+
+    def _producer(self, source: fx.Node, linears: list[fx.Node], alphas: set[float | None]) -> _Producer:
+        if value_of(source).dtype == torch.float16:
+            raise _NoProducerError("float16 has too few exponents for its weights to be scaled exactly")
+        if len(alphas) > 1:
+            raise _NoProducerError("linears of one input have different values of smooth_alpha")
+        for node in linears:
+            self._require_own(node.args[1], "its weight")
+        self._require_readers(source, linears)
+        if source.target in (rms_norm.overload, layer_norm.overload):
+            return self._norm(source)
+        if source.target == gated_activation.overload:
+            return self._gated(source)
+        if source.target == aten.reshape.default:
+            return self._attention(source)
+        raise _NoProducerError(f"its input is made by {source.target}, which scales cannot be divided out of")
+
+    def _norm(self, norm: fx.Node) -> _Producer:
+        parameters = norm.args[1:3] if norm.target == layer_norm.overload else norm.args[1:2]
+        if len(norm.args) > 3 and norm.target == rms_norm.overload and norm.args[3]:
+            return _Producer(lambda scales: self._multiply_behind(norm, scales))
+        if parameters[0] is None:
+            raise _NoProducerError("the norm before it has no weight")
+        vectors = [each for each in parameters if each is not None]
+        for vector in vectors:
+            self._require_own(vector, "a parameter of the norm before it")
+
+        def divide(scales: torch.Tensor) -> None:
+            for vector in vectors:
+                self._multiply(vector, 1 / scales, 0)
+
+        return _Producer(divide)
+
+    def _multiply_behind(self, norm: fx.Node, scales: torch.Tensor) -> None:
+        readers = list(norm.users)
+        inverse = (1 / scales).to(value_of(norm))
+        with self._model_graph.fake_mode:
+            fake = torch.empty(inverse.shape, dtype=inverse.dtype, device=inverse.device)
+        factor = self._model_graph.add_placeholder(f"{norm.name}_smoothing", fake, weight=inverse)
+        with self._model_graph.inserting_before(norm.next) as emit:
+            scaled = emit(aten.mul.Tensor, norm, factor)
+        for reader in readers:
+            reader.replace_input_with(norm, scaled)
+
+    def _gated(self, gated: fx.Node) -> _Producer:
+        return _Producer(self._rows_of(gated.args[1], gated, "up"))
+
+    def _attention(self, source: fx.Node) -> _Producer:
+        """The scales of o's input go into v's rows: attention is linear in the values, head by head."""
+        permute, call = source.args[0], None
+        if _is_permute(permute):
+            call = permute.args[0]
+        if call is None or call.target != attention.overload:
+            raise _NoProducerError("its input is a view of no attention, which scales cannot be divided out of")
+        value = call.args[2]
+        split = value.args[0] if _is_permute(value) else None
+        if split is None or split.target != aten.reshape.default:
+            raise _NoProducerError("the values of the attention before it are not the heads of one linear")
+        _require_heads(source, permute)
+        _require_heads(split.args[0], split)
+        for node, reader in ((permute, source), (call, permute), (value, call), (split, value)):
+            self._require_readers(node, [reader])
+        num_heads, num_value_heads = (int(shape_of(node)[1]) for node in (call, value))
+        divide = self._rows_of(split.args[0], split, "value")
+        return _Producer(divide, num_value_heads, num_heads // num_value_heads)
+
+    def _rows_of(self, node: fx.Node, reader: fx.Node, role: str) -> Callable[[torch.Tensor], None]:
+        if node.target != linear.overload:
+            raise _NoProducerError(f"the {role} linear before it has no weight of its own")
+        self._require_readers(node, [reader])
+        weight, bias = (*node.args[1:], None)[:2]
+        self._require_own(weight, f"the weight of the {role} linear before it")
+        if bias is not None:
+            self._require_own(bias, f"the bias of the {role} linear before it")
+
+        def divide(scales: torch.Tensor) -> None:
+            self._multiply(weight, 1 / scales, 1 - _input_dim(node))
+            if bias is not None:
+                self._multiply(bias, 1 / scales, 0)
+
+        return divide
+
+    def _require_own(self, weight: fx.Node, what: str) -> None:
+        if not self._model_graph.is_weight(weight):
+            raise _NoProducerError(f"{what} is computed, not a parameter")
+        address = self._model_graph.weights[weight.name].data_ptr()
+        if len(weight.users) > 1 or address in self._shared_addresses:
+            raise _NoProducerError(f"{what} is also used elsewhere")
+
+    def _require_readers(self, node: fx.Node, readers: list[fx.Node]) -> None:
+        if set(node.users) != set(readers):
+            raise _NoProducerError(f"{node.name} is also read elsewhere")
+
+
+def _scales(maxima: torch.Tensor, of_weights: torch.Tensor, alpha: float) -> torch.Tensor:
+    """max|x|^alpha / max|w|^(1 - alpha) over its median, to the nearest power of two; 1 where a channel is all zeros.
+
+    A factor that all channels share changes nothing but the magnitude of the weights.
+    """
+    exponent = alpha * maxima.log2() - (1 - alpha) * of_weights.log2()
+    exponent = torch.where((maxima > 0) & (of_weights > 0), exponent, torch.nan)
+    exponent = (exponent - exponent.nanmedian()).nan_to_num(0.0)
+    return torch.exp2(exponent.round().clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT))
+
+
+def _input_dim(node: fx.Node) -> int:
+    return 0 if node.kwargs.get("transposed", False) else 1
+
+
+def _is_permute(node: fx.Node) -> bool:
+    return node.target == aten.permute.default and list(node.args[1]) == _HEADS_BEHIND_TOKENS  # type: ignore[arg-type]
+
+
+def _require_heads(flat: fx.Node, heads: fx.Node) -> None:
+    """Refuse all but [B, S, H * D] beside [B, S, H, D]."""
+    whole, split = shape_of(flat), shape_of(heads)
+    is_split = len(whole) == 3 and len(split) == 4 and same_shape(whole[:2], split[:2])
+    if not is_split or not same_size(whole[2], split[2] * split[3]):
+        raise _NoProducerError("heads do not lie side by side in its input")
+
+
+SMOOTH_ACTIVATIONS = Pass(
+    "smooth_activations", run, after=("recognize_norm", "recognize_attention", "recognize_gated_mlp")
+)
