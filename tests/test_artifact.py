@@ -67,7 +67,13 @@ def test_its_tensors_are_those_of_the_model(folder: Path) -> None:
     assert all(torch.equal(found[name], tensor) for name, tensor in byte_model().state_dict().items())
 
 
-@pytest.mark.parametrize("name", DECODERS)
+# What differs between families, for a saved program, is which ops run without a kernel and how weights are laid out.
+FAMILIES_IN_EVERY_RUN = ("gpt2", "bloom", "gemma2", "falcon")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAMILIES_IN_EVERY_RUN else pytest.param(name, marks=pytest.mark.slow) for name in DECODERS]
+)
 def test_every_family_is_saved(name: str, tmp_path: Path) -> None:
     llm = LLM(DECODERS[name].build(DECODERS[name].attn_implementations[0]), num_blocks=16)
     served = LLM(saved(llm, tmp_path / "model"), num_blocks=16)
@@ -93,7 +99,7 @@ print([name for name in ("sympy", "networkx", "torch._dynamo", "infercomp.passes
 
 @pytest.mark.parametrize(
     ("dtype", "quantization"),
-    [(torch.bfloat16, None), (torch.float32, "w8a8"), (torch.bfloat16, "w4a8-g32"), (torch.float32, "w4a16-g32-sym")],
+    [(torch.bfloat16, None), (torch.float32, "w8a8"), (torch.bfloat16, "w4a8-g32")],
     ids=str,
 )
 def test_kernels_of_a_saved_model_give_the_same_bits(

@@ -116,7 +116,7 @@ def as_checkpoint(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("quantization", ["w8a8", "w8a16", "w4a16-g32", "w4a16-g32-sym", "w4a8-g32"])
+@pytest.mark.parametrize("quantization", ["w8a16", "w4a8-g32"])
 def test_a_checkpoint_in_integers_is_served_on_them(quantization: str, tmp_path: Path) -> None:
     llm, folder = saved(tmp_path / "model", quantization)
     served = LLM(as_checkpoint(folder), num_blocks=8)

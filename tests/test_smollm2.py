@@ -89,7 +89,7 @@ def starved_llm(served: Served, num_tokens: int) -> LLM:
     longest = max(len(served.ids(prompt)) for prompt in PROMPTS) + num_tokens
     runtime = dataclasses.replace(served.llm.config.runtime, num_blocks=2 * longest // 8, block_size=8)
     step = served.llm._served
-    pools = allocate_pools(step.cache_specs, runtime.num_blocks, runtime.block_size)
+    pools = allocate_pools(step.form.cache_specs, runtime.num_blocks, runtime.block_size)
     starved = copy.copy(served.llm)
     starved.num_blocks = runtime.num_blocks
     starved._engine = Engine(
