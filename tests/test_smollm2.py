@@ -99,7 +99,7 @@ def starved_llm(served: Served, num_tokens: int) -> LLM:
         max_model_len=starved.max_model_len,
         eos_token_ids=starved.eos_token_ids,
         tokenizer=served.tokenizer,
-        vocab_size=step.vocab_size,
+        vocab_size=step.form.vocab_size,
     )
     return starved
 
