@@ -18,7 +18,7 @@ from .loading.compressed_tensors import SCALE
 from .loading.stored_linears import StoredLinear
 from .runtime.kv_pools import KvCacheSpec
 from .served_model import ServedForm
-from .stored_recipe import require_all_taken
+from .stored_recipe import require_all_found, require_all_taken
 
 _POSITION_LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
 _CAPTURE_LENGTH = 7
@@ -104,6 +104,7 @@ def compile_for_serving(
         readers = {f"model.{name}.weight": linear.read for name, linear in linears.items()}
         sources = captured.weight_sources
         captured.stored_integers |= {n: readers[source] for n, source in sources.items() if source in readers}
+        require_all_found(linears, {source.removeprefix("model.") for source in sources.values()})
     samples = calibration_for(
         config.passes.recipe,
         calibration,

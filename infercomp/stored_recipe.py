@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import torch
@@ -30,6 +30,17 @@ def with_stored_recipe(config: Config, linears: Mapping[str, StoredLinear], mode
         raise ConfigError(what, field="verify", remedy="leave it out, or verify the unquantised checkpoint")
     recipes = {name: _recipe_of(linear) for name, linear in linears.items()}
     return replace(config, passes=replace(config.passes, quantization=LayerRecipes(_rules(recipes, model))))
+
+
+def require_all_found(linears: Mapping[str, StoredLinear], parameters: Collection[str]) -> None:
+    """Raise UnsupportedError for a linear that the captured model has no parameter of: zeros would be in its place."""
+    missing = next((name for name in linears if f"{name}.weight" not in parameters), None)
+    if missing is not None:
+        raise UnsupportedError(
+            f"the checkpoint holds {missing} in integers, and the model has no parameter of that name",
+            remedy="load the unquantised checkpoint; tensors that transformers renames are not read in integers",
+            field="quantization_config",
+        )
 
 
 def require_all_taken(model_graph: ModelGraph, records: tuple[PassRecord, ...]) -> None:

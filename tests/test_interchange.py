@@ -29,6 +29,8 @@ from infercomp.loading.compressed_tensors import (
     stored_tensors,
 )
 from infercomp.loading.loader import load
+from infercomp.loading.stored_linears import StoredLinear
+from infercomp.stored_recipe import require_all_found
 
 TOKENS = list(range(3, 40))
 
@@ -173,3 +175,12 @@ def test_a_smoothed_model_is_served_as_before(tmp_path: Path) -> None:
     llm.save(tmp_path / "model")
     assert torch.equal(LLM(tmp_path / "model", num_blocks=8).logits(TOKENS), llm.logits(TOKENS))
     assert torch.equal(LLM(as_checkpoint(tmp_path / "model"), num_blocks=8).logits(TOKENS), llm.logits(TOKENS))
+
+
+def test_a_linear_of_another_name_is_an_error() -> None:
+    """What transformers renames while it loads would be left as zeros."""
+    linear = StoredLinear(8, 8, None, True, (4, 4), lambda: ())
+    require_all_found({"layers.0.q": linear}, {"layers.0.q.weight", "norm.weight"})
+    with pytest.raises(UnsupportedError, match=r"layers\.0\.q") as caught:
+        require_all_found({"layers.0.q": linear}, {"model.layers.0.q.weight"})
+    assert caught.value.field == "quantization_config" and caught.value.remedy
