@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from infercomp.passes.recipes import W8A8 as W8A8
     from infercomp.passes.recipes import W8A16 as W8A16
     from infercomp.passes.recipes import LayerRecipes as LayerRecipes
+    from infercomp.passes.rounding import GPTQ as GPTQ
+    from infercomp.passes.rounding import ScaleSearch as ScaleSearch
     from infercomp.runtime.errors import CapacityError as CapacityError
     from infercomp.runtime.errors import CaptureError as CaptureError
     from infercomp.runtime.errors import ConfigError as ConfigError
@@ -44,6 +46,8 @@ _MODULE_OF = {
     "explain": "infercomp.explain",
     "LLM": "infercomp.llm",
     "LayerRecipes": "infercomp.passes.recipes",
+    "GPTQ": "infercomp.passes.rounding",
+    "ScaleSearch": "infercomp.passes.rounding",
     "W4A8": "infercomp.passes.recipes",
     "W4A16": "infercomp.passes.recipes",
     "W8A8": "infercomp.passes.recipes",

@@ -35,7 +35,7 @@ def calibration_for(
     of such; ``examples`` are inputs that the graph was captured with. Raises ConfigError for data of another form, of
     fewer than 128 tokens, with ids that the model does not have, that are missing or that no recipe asks for.
     """
-    is_needed = recipe is not None and any(each is not None and each.smoothing is not None for _, each in recipe.rules)
+    is_needed = recipe is not None and any(each is not None and each.needs_calibration for _, each in recipe.rules)
     if not is_needed:
         if data is not None:
             raise _error(
@@ -43,7 +43,7 @@ def calibration_for(
             )
         return None
     if data is None:
-        raise _error("the recipe's smooth_alpha needs calibration data", _REMEDY)
+        raise _error("the recipe needs calibration data", _REMEDY)
     sequences = _sequences(data, tokenizer)
     for sequence in sequences:
         _check_ids(sequence, vocab_size)

@@ -114,7 +114,8 @@ def compile_for_serving(
         max_positions=limit,
     )
     rewritten = rewrite_graph(captured, config, examples, serving=True, calibration=samples)
-    require_all_taken(captured, rewritten.records)
+    if linears:
+        require_all_taken(captured, rewritten.records)
     compiled = lower_graph(rewritten, config)
     logits = value_of(captured.output_node().args[0][0])
     names = {name: source.removeprefix("model.") for name, source in captured.weight_sources.items()}

@@ -57,7 +57,7 @@ def test_a_model_that_counts_positions_by_itself_is_given_none() -> None:
 @pytest.mark.parametrize(
     ("data", "what"),
     [
-        (None, "smooth_alpha needs calibration data"),
+        (None, "the recipe needs calibration data"),
         (["short"], "calibration has 5 tokens, at least 128 are needed"),
         ([], "cannot be a value of type list"),
         (3, "cannot be 3"),

@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,12 +43,15 @@ class Calibration:
 def stream(model_graph: ModelGraph, samples: Sequence[Mapping[str, Any]], visits: Mapping[fx.Node, Visit]) -> None:
     """Compute what ``visits`` asks for, and no more: each is called once, with its node's value for every sample.
 
-    Calls are made in the graph's order and in its own dtypes; a value goes with its last reader.
+    Calls are made in the graph's order and in its own dtypes; a value goes with its last reader. A weight that a visit
+    replaces counts for all calls after it.
     """
     needed = _needed(visits)
-    nodes = [node for node in model_graph.graph.nodes if node in needed]
+    nodes = [node for node in model_graph.graph.nodes if node in needed and not model_graph.is_weight(node)]
     expiring: dict[fx.Node, list[fx.Node]] = {}
-    last_reader = {source: node for node in nodes for source in node.all_input_nodes}
+    last_reader = {
+        source: node for node in nodes for source in node.all_input_nodes if not model_graph.is_weight(source)
+    }
     for source, reader in last_reader.items():
         expiring.setdefault(reader, []).append(source)
     environments: list[dict[fx.Node, Any]] = [{} for _ in samples]
@@ -77,37 +81,63 @@ def _value(
     model_graph: ModelGraph, node: fx.Node, environment: Mapping[fx.Node, Any], sample: Mapping[str, Any]
 ) -> Any:
     if node.op == "placeholder":
-        return model_graph.weights[node.name] if model_graph.is_weight(node) else sample[node.name]
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), environment.__getitem__)
+        return sample[node.name]
+
+    def value_at(source: fx.Node) -> Any:
+        return model_graph.weights[source.name] if model_graph.is_weight(source) else environment[source]
+
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_at)
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def largest_of_channels(
-    model_graph: ModelGraph, calibration: Calibration, wanted: Mapping[fx.Node, str]
-) -> dict[fx.Node, torch.Tensor]:
-    """max |x| over all tokens of all samples for each channel, float32 [K], of nodes [..., K] that layers read.
+def observe(
+    model_graph: ModelGraph,
+    calibration: Calibration,
+    layers: Mapping[fx.Node, str],
+    visit: Callable[[fx.Node, Sequence[torch.Tensor]], None],
+) -> None:
+    """Call ``visit`` with each of these nodes and its values [..., K], in the graph's order.
 
-    ``wanted`` names a layer for each node. Raises NumericalError, naming it, for a value that is not finite.
+    ``layers`` names a layer that reads each node, for the progress shown and for NumericalError, which is raised for
+    values that are not finite.
     """
-    found: dict[fx.Node, torch.Tensor] = {}
-    with calibration.progress(len(wanted)) as begin:
+    with calibration.progress(len(layers)) as begin:
 
-        def visit(node: fx.Node, values: Sequence[torch.Tensor]) -> None:
-            begin(wanted[node])
-            maxima = [value.abs().flatten(0, -2).amax(0).float() for value in values]
-            for number, maximum in enumerate(maxima):
-                if not maximum.isfinite().all():
-                    raise NumericalError(
-                        f"the input of {wanted[node]} is not finite in calibration sample {number}",
-                        where=source_line(node),
-                        remedy="leave the sample out, or use a dtype that holds the model's activations",
-                        field="calibration",
-                    )
-            found[node] = torch.stack(maxima).amax(0)
+        def checked(node: fx.Node, values: Sequence[torch.Tensor]) -> None:
+            begin(layers[node])
+            for number, value in enumerate(values):
+                _require_finite(value, number, layers[node], node)
+            visit(node, values)
 
-        stream(model_graph, calibration.samples, {node: _bound(visit, node) for node in wanted})
-    return found
+        stream(model_graph, calibration.samples, {node: partial(checked, node) for node in layers})
 
 
-def _bound(visit: Callable[[fx.Node, Sequence[torch.Tensor]], None], node: fx.Node) -> Visit:
-    return lambda values: visit(node, values)
+def _require_finite(value: torch.Tensor, number: int, layer: str, node: fx.Node) -> None:
+    if not value.isfinite().all():
+        raise NumericalError(
+            f"the input of {layer} is not finite in calibration sample {number}",
+            where=source_line(node),
+            remedy="leave the sample out, or use a dtype that holds the model's activations",
+            field="calibration",
+        )
+
+
+def largest_of_channels(values: Sequence[torch.Tensor]) -> torch.Tensor:
+    """max |x| over all tokens for each channel of values [..., K], float32 [K]."""
+    return torch.stack([value.abs().flatten(0, -2).amax(0).float() for value in values]).amax(0)
+
+
+def second_moment(values: Sequence[torch.Tensor]) -> torch.Tensor:
+    """2 X Xᵀ / tokens of values [..., K], float32 [K, K]: the Hessian of a linear's squared error, which GPTQ takes."""
+    total, num_tokens = torch.zeros(values[0].shape[-1], values[0].shape[-1]), 0
+    for value in values:
+        rows = value.flatten(0, -2).float()
+        total.addmm_(rows.t(), rows)
+        num_tokens += len(rows)
+    return total * (2 / num_tokens)
+
+
+def some_tokens(values: Sequence[torch.Tensor], num_tokens: int) -> torch.Tensor:
+    """At most so many rows of values [..., K], evenly spread: [tokens, K]."""
+    rows = torch.cat([value.flatten(0, -2) for value in values])
+    return rows[:: max(1, -(-len(rows) // num_tokens))]

@@ -35,6 +35,7 @@ from .recognize_linear import RECOGNIZE_LINEAR
 from .recognize_masks import RECOGNIZE_MASKS
 from .recognize_norm import RECOGNIZE_NORM
 from .record import PassRecord
+from .round_weights import ROUND_WEIGHTS
 from .select_logit_rows import SELECT_LOGIT_ROWS
 from .smooth_activations import SMOOTH_ACTIVATIONS
 from .verify import check_structure, measure, output_values, tape_of
@@ -49,6 +50,7 @@ PIPELINE: tuple[Pass, ...] = (
     RECOGNIZE_GATED_MLP,
     FOLD_CONSTANTS,
     SMOOTH_ACTIVATIONS,
+    ROUND_WEIGHTS,
     MERGE_LINEARS,
     PAGE_ATTENTION,
     SELECT_LOGIT_ROWS,

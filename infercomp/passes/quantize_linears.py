@@ -36,15 +36,14 @@ from ..codegen.ops import (
     int8_embedding,
     int8_linear,
     int8_weight_linear,
-    linear,
     merge_weights,
     quantize_per_token,
     quantize_weight_int4,
     quantize_weight_int8,
 )
-from .graph_pass import LOSSY, Pass, PassContext, is_float_tensor
-from .recipe_layers import Names, check_group, check_patterns, layer_names, recipe_for
-from .recipes import W8A8, W8A16, LinearRecipe, Recipe
+from .graph_pass import LOSSY, Pass, PassContext
+from .quantizable_linears import QuantizableLinears, parameters_of, sources_of
+from .recipes import W8A8, W8A16, LinearRecipe
 
 _LINEARS = {(8, 8): int8_linear, (8, 16): int8_weight_linear, (4, 8): int4_linear, (4, 16): int4_weight_linear}
 # Rounding makes several float32 copies of what it is given: so many elements at a time.
@@ -55,22 +54,13 @@ def run(model_graph: ModelGraph, context: PassContext) -> None:
     recipe = context.config.recipe
     if recipe is None:
         return
+    linears = QuantizableLinears(model_graph, context, recipe)
     quantizer = _Quantizer(model_graph, context)
-    layers = {
-        node: [layer_names(model_graph, source) for source in _sources(_parameters(node)[0])]
-        for node in model_graph.calls(linear.overload)
-    }
-    check_patterns(recipe, layers, context, is_whole=model_graph.frozen)
-    wanted = {node: quantizer.recipe_of(node, recipe, names) for node, names in layers.items()}
-    reasons = {node: quantizer.why_not(node, its_recipe) for node, its_recipe in wanted.items()}
-    chosen = {node: its for node, its in wanted.items() if its is not None and reasons[node] is None}
-    for node, its_recipe in chosen.items():
-        check_group(its_recipe, layers[node], node)
-    for node, reason in reasons.items():
-        if reason is not None:
-            context.near_miss(node, reason)
+    for node in linears.names:
+        if node in linears.chosen:
+            quantizer.quantize_linear(node, linears.chosen[node])
         else:
-            quantizer.quantize_linear(node, chosen[node])
+            context.near_miss(node, linears.reasons[node])
     if model_graph.frozen:
         quantizer.quantize_embeddings()
     model_graph.eliminate_dead_code()
@@ -84,51 +74,14 @@ class _Quantizer:
     def __init__(self, model_graph: ModelGraph, context: PassContext) -> None:
         self._model_graph = model_graph
         self._context = context
-        self._heads = _lm_heads(model_graph)
         self._weights: dict[Hashable, list[fx.Node | None]] = {}
         self._inputs: dict[tuple[fx.Node, int], list[fx.Node]] = {}
-        self._placeholders_at: dict[int, list[fx.Node]] = {}
-        for node in model_graph.graph.nodes:
-            if model_graph.is_weight(node):
-                self._placeholders_at.setdefault(model_graph.weights[node.name].data_ptr(), []).append(node)
-
-    def is_head(self, node: fx.Node) -> bool:
-        """Whether a linear makes an output, or has the table of an embedding as its weight."""
-        aliases = self._aliases(_parameters(node)[0])
-        has_table = any(user.target == aten.embedding.default for alias in aliases for user in alias.users)
-        return has_table or node in self._heads
-
-    def recipe_of(self, node: fx.Node, recipe: Recipe, names: Names) -> LinearRecipe | None:
-        found = recipe_for(recipe, names, node)
-        return found.for_head if found is not None and self.is_head(node) and not self._is_stored(node) else found
-
-    def _is_stored(self, node: fx.Node) -> bool:
-        """Whether a linear comes in integers: then it is what it is."""
-        return any(source.name in self._model_graph.stored_integers for source in _sources(_parameters(node)[0]))
-
-    def why_not(self, node: fx.Node, recipe: LinearRecipe | None) -> str | None:
-        if recipe is None:
-            return "the recipe leaves it in floats"
-        if not self._context.config.quantize_lm_head and self.is_head(node) and not self._is_stored(node):
-            return "it is the LM head, and quantize_lm_head is off"
-        sources = _sources(_parameters(node)[0])
-        if not all(self._model_graph.is_weight(source) for source in sources):
-            return "its weight is computed, not a parameter"
-        users = [(user, alias) for source in sources for alias in self._aliases(source) for user in alias.users]
-        if not all(_is_weight_of(user, alias) for user, alias in users):
-            return "its weight is also used elsewhere"
-        return None
-
-    def _aliases(self, weight: fx.Node) -> list[fx.Node]:
-        """All names of a parameter's memory."""
-        tensor = self._model_graph.weights.get(weight.name)
-        return [] if tensor is None else self._placeholders_at[tensor.data_ptr()] if tensor.numel() else [weight]
 
     def quantize_linear(self, node: fx.Node, recipe: LinearRecipe) -> None:
         site = self._context.claim(node)
         if site is None:
             return
-        _, bias, _ = _parameters(node)
+        _, bias, _ = parameters_of(node)
         is_int4, has_integer_input = recipe.weight_bits == 4, recipe.activation_bits == 8
         with self._model_graph.inserting_before(node) as emit:
             inputs = self._quantized_input(emit, node.args[0], recipe) if has_integer_input else [node.args[0]]
@@ -158,7 +111,7 @@ class _Quantizer:
 
     def _quantized_weight(self, emit: Emitter, node: fx.Node, recipe: LinearRecipe) -> list[fx.Node | None]:
         """The integers, the scales and, for 4 bits, the zeros or None."""
-        weight, _, transposed = _parameters(node)
+        weight, _, transposed = parameters_of(node)
         key = (self._identity(weight), transposed, recipe)
         if key not in self._weights:
             make = self._held if self._model_graph.frozen else self._computed
@@ -182,7 +135,7 @@ class _Quantizer:
 
     def _held(self, emit: Emitter, weight: fx.Node, transposed: bool, recipe: LinearRecipe) -> list[fx.Node]:
         """The integers of each source as weights of the graph, and merges that lay them end to end."""
-        of_sources = [self._held_source(source, transposed, recipe) for source in _sources(weight)]
+        of_sources = [self._held_source(source, transposed, recipe) for source in sources_of(weight)]
         if len(of_sources) == 1:
             return of_sources[0]
         return [emit(merge_weights, list(parts)) for parts in zip(*of_sources, strict=True)]
@@ -209,25 +162,6 @@ class _Quantizer:
         return node
 
 
-def _parameters(node: fx.Node) -> tuple[fx.Node, fx.Node | None, bool]:
-    weight, bias = (*node.args[1:], None)[:2]
-    return weight, bias, bool(node.kwargs.get("transposed", False))  # type: ignore[return-value]
-
-
-def _sources(weight: fx.Node) -> list[fx.Node]:
-    """The parameters that a weight or bias consists of, laid end to end along its first dimension."""
-    is_merge = weight.target == merge_weights.overload and len(weight.args) == 1 and not weight.kwargs
-    return list(weight.args[0]) if is_merge else [weight]  # type: ignore[arg-type]
-
-
-def _is_weight_of(user: fx.Node, parameter: fx.Node) -> bool:
-    """Whether a linear, an embedding or a merge takes the parameter as its weight, and as nothing else."""
-    if user.target == merge_weights.overload:
-        return True
-    places = [place for place, argument in enumerate((*user.args, *user.kwargs.values())) if argument is parameter]
-    return (user.target, places) in ((linear.overload, [1]), (aten.embedding.default, [0]))
-
-
 def _weight_quantization(recipe: LinearRecipe) -> tuple[Any, list[Any]]:
     if recipe.weight_bits == 8:
         return quantize_weight_int8, []
@@ -248,24 +182,6 @@ def _results(emit: Emitter, call: fx.Node) -> list[fx.Node]:
     return [emit(operator.getitem, call, position) for position in range(len(value_of(call)))]
 
 
-def _lm_heads(model_graph: ModelGraph) -> set[fx.Node]:
-    """Linears that make an output, with nothing behind them but casts, selected rows and pointwise calls."""
-    return {node for node in map(_lm_head_of, model_graph.output_node().args[0]) if node is not None}
-
-
-def _lm_head_of(output: Any) -> fx.Node | None:
-    node = output
-    while isinstance(node, fx.Node) and node.target != linear.overload:
-        sources = [source for source in node.all_input_nodes if is_float_tensor(value_of(source))]
-        node = sources[0] if _keeps_rows(node) and len(sources) == 1 else None
-    return node if isinstance(node, fx.Node) else None
-
-
-def _keeps_rows(node: fx.Node) -> bool:
-    is_pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
-    return is_pointwise or node.target in (aten._to_copy.default, aten.index_select.default)
-
-
 def _drop_unused_weights(model_graph: ModelGraph) -> None:
     """Floats that nothing reads any more leave the graph, so that their memory can go."""
     for node in list(model_graph.graph.nodes):
@@ -275,6 +191,4 @@ def _drop_unused_weights(model_graph: ModelGraph) -> None:
             model_graph.weight_sources.pop(node.name, None)
 
 
-QUANTIZE_LINEARS = Pass(
-    "quantize_linears", run, LOSSY, after=("smooth_activations", "merge_linears", "select_logit_rows")
-)
+QUANTIZE_LINEARS = Pass("quantize_linears", run, LOSSY, after=("round_weights", "merge_linears", "select_logit_rows"))

@@ -18,6 +18,8 @@ from typing import Any, ClassVar
 from infercomp.runtime.config import describe
 from infercomp.runtime.errors import ConfigError
 
+from .rounding import GPTQ, Rounding, ScaleSearch, rounding_of
+
 # What the kernels' panels take, and what int4_linear's sums of a group allow.
 _GROUP_STEP, _LARGEST_GROUP = 32, 8192
 
@@ -53,7 +55,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class LinearRecipe(Recipe):
-    """One scheme of integers, its weights rounded to nearest. Raises ConfigError naming a field out of range."""
+    """One scheme of integers. Raises ConfigError naming a field out of range."""
 
     weight_bits: ClassVar[int]
     activation_bits: ClassVar[int]
@@ -65,7 +67,13 @@ class LinearRecipe(Recipe):
     symmetric: bool = True
     """Whether groups have no zero of their own."""
 
+    rounding: Rounding | None = None
+    """How weights become integers; None is to nearest. The methods need calibration data."""
+
     def __post_init__(self) -> None:
+        if self.rounding is not None and not isinstance(self.rounding, Rounding):
+            what = f"rounding must be GPTQ(), ScaleSearch() or None, not {describe(self.rounding)}"
+            raise ConfigError(what, field="rounding")
         if not isinstance(self.symmetric, bool):
             raise ConfigError(f"symmetric must be True or False, not {describe(self.symmetric)}", field="symmetric")
         if self.weight_bits == 8 and not self.symmetric:
@@ -82,9 +90,14 @@ class LinearRecipe(Recipe):
         return (("*", self),)
 
     @property
-    def smoothing(self) -> float | None:
-        """SmoothQuant's alpha, or None where outliers stay in the activations."""
+    def smoothing(self) -> float | str | None:
+        """SmoothQuant's alpha, or "search", or None where outliers stay in the activations."""
         return None
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether samples of text are needed."""
+        return self.smoothing is not None or self.rounding is not None
 
     @property
     def for_head(self) -> LinearRecipe:
@@ -92,7 +105,9 @@ class LinearRecipe(Recipe):
         return W8A8() if self.activation_bits == 8 else W8A16()
 
     def as_dict(self) -> dict[str, Any]:
-        return {"recipe": type(self).__name__.lower(), **dataclasses.asdict(self)}
+        fields = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        rounding = None if self.rounding is None else self.rounding.as_dict()
+        return {"recipe": type(self).__name__.lower(), **fields, "rounding": rounding}
 
 
 def _is_group(size: object) -> bool:
@@ -108,19 +123,20 @@ class W8A8(LinearRecipe):
     weight_bits = 8
     activation_bits = 8
 
-    smooth_alpha: float | None = None
-    """How much of the activations' outliers moves into the weights, in [0, 1] (SmoothQuant, Xiao et al. 2022: 0.5);
-    needs calibration data. None leaves all where they are."""
+    smooth_alpha: float | str | None = None
+    """How much of the activations' outliers moves into the weights, in [0, 1] (SmoothQuant, Xiao et al. 2022: 0.5), or
+    "search" for what suits each layer; needs calibration data. None leaves all where they are."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         alpha = self.smooth_alpha
         is_number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
-        if alpha is not None and not (is_number and 0 <= alpha <= 1):
-            raise ConfigError(f"smooth_alpha must be in [0, 1] or None, not {describe(alpha)}", field="smooth_alpha")
+        if alpha is not None and alpha != "search" and not (is_number and 0 <= float(alpha) <= 1):
+            what = f'smooth_alpha must be in [0, 1], "search" or None, not {describe(alpha)}'
+            raise ConfigError(what, field="smooth_alpha")
 
     @property
-    def smoothing(self) -> float | None:
+    def smoothing(self) -> float | str | None:
         return self.smooth_alpha
 
 
@@ -209,7 +225,8 @@ def _linear_recipe(value: object) -> LinearRecipe:
     for name in value:
         if name not in ("recipe", *names):
             raise ConfigError(f"{kind} has no field {name!r}", remedy=f"valid: {', '.join(names)}", field=str(name))
-    return made(**{name: value[name] for name in names if name in value})
+    given = {name: value[name] for name in names if name in value}
+    return made(**{**given, "rounding": rounding_of(value.get("rounding"))})
 
 
 def _layer_recipes(value: Mapping[str, Any]) -> LayerRecipes:
@@ -226,7 +243,9 @@ def _layer_recipes(value: Mapping[str, Any]) -> LayerRecipes:
 RECIPES: dict[str, LinearRecipe] = {
     "w8a8": W8A8(),
     "w8a8-smoothquant": W8A8(smooth_alpha=0.5),
+    "w8a8-smoothquant-search": W8A8(smooth_alpha="search"),
     "w8a16": W8A16(),
+    "w8a16-search": W8A16(rounding=ScaleSearch(num_candidates=64, smallest=0.75)),
     "w4a8": W4A8(),
     "w4a16": W4A16(),
     **{
@@ -235,4 +254,6 @@ RECIPES: dict[str, LinearRecipe] = {
         for group_size in (32, 64, 128)
         for suffix, symmetric in (("", False), ("-sym", True))
     },
+    "w4a16-gptq": W4A16(128, True, GPTQ()),
+    **{f"w4a16-g{group_size}-gptq": W4A16(group_size, True, GPTQ()) for group_size in (32, 64)},
 }

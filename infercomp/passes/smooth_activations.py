@@ -3,7 +3,8 @@
     x = rms_norm(h, g)                    ->    x = rms_norm(h, g / s)
     y = linear(x, w)                            y = linear(x, w * s)            s_j = max|x_j|^a / max|w_j|^(1 - a)
 
-For each layer whose recipe has a ``smooth_alpha``, a. Maxima of x are those of the calibration samples. The scales are
+For each layer whose recipe has a ``smooth_alpha``, a; "search" takes for each x the a that changes its linears' outputs
+least once both are on 8 bits. Maxima of x are those of the calibration samples. The scales are
 divided out of what makes x: a norm's weight and bias, the ``up`` linear of a gated activation, or the linear of the
 values behind attention, whose channels a group of query heads shares. They are rounded to powers of two, so that all
 quotients and products are exact; Gemma's ``1 + w`` has no exact quotient, so its norm gets a multiplication behind it.
@@ -13,7 +14,7 @@ merged, where each has its parameter alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,12 +23,12 @@ from torch import fx
 from ..codegen.model_graph import ModelGraph, aten, same_shape, same_size, shape_of, value_of
 from ..codegen.ops import attention, gated_activation, layer_norm, linear, rms_norm
 from ..runtime.errors import ConfigError
-from .calibration import Calibration, largest_of_channels
+from .calibration import Calibration, largest_of_channels, observe
 from .graph_pass import Pass, PassContext
 from .recipe_layers import check_patterns, layer_names, recipe_for
 from .recipes import Recipe
+from .smoothing_scales import SEARCHED_ALPHAS, errors_of_rounding, smoothing_scales
 
-_LARGEST_EXPONENT = 16
 _HEADS_BEHIND_TOKENS = [0, 2, 1, 3]
 
 
@@ -93,32 +94,49 @@ class _Smoother:
                 continue
             if self._context.claim(linears[0]) is not None:
                 chosen[source] = (producer, linears, alphas.pop())
-        wanted = {source: names[linears[0]][0][0] for source, (_, linears, _) in chosen.items()}
-        maxima = largest_of_channels(self._model_graph, calibration, wanted)
-        for source, (producer, linears, alpha) in chosen.items():
-            self._fold(maxima[source], producer, linears, alpha)
+        layers = {source: names[linears[0]][0][0] for source, (_, linears, _) in chosen.items()}
+        scales: dict[fx.Node, torch.Tensor] = {}
+
+        def visit(source: fx.Node, values: Sequence[torch.Tensor]) -> None:
+            scales[source] = self._scales_for(values, *chosen[source])
+
+        observe(self._model_graph, calibration, layers, visit)
+        for source, (producer, linears, _) in chosen.items():
+            producer.divide(scales[source])
+            for node in linears:
+                self._multiply(node.args[1], producer.repeated(scales[source]), _input_dim(node))
 
     def _linears(self) -> list[fx.Node]:
         return self._model_graph.calls(linear.overload)
 
-    def _fold(self, maxima: torch.Tensor, producer: _Producer, linears: list[fx.Node], alpha: float | None) -> None:
-        assert alpha is not None, "linears without it are left out"
-        of_weights = torch.stack([self._largest_of_inputs(node) for node in linears]).amax(0)
-        scales = _scales(producer.shared(maxima), producer.shared(of_weights), alpha)
-        producer.divide(scales)
-        for node in linears:
-            self._multiply(node.args[1], producer.repeated(scales), _input_dim(node))
+    def _scales_for(
+        self, values: Sequence[torch.Tensor], producer: _Producer, linears: list[fx.Node], alpha: float | str | None
+    ) -> torch.Tensor:
+        """The scales to divide out of what ``producer`` makes."""
+        of_values = producer.shared(largest_of_channels(values))
+        of_weights = producer.shared(torch.stack([self._largest_of_inputs(node) for node in linears]).amax(0))
+        if not isinstance(alpha, str):
+            assert alpha is not None, "linears without it are left out"
+            return smoothing_scales(of_values, of_weights, alpha)
+        weights = [self._rows_of_weight(node) for node in linears]
+        candidates = {alpha: smoothing_scales(of_values, of_weights, alpha) for alpha in SEARCHED_ALPHAS}
+        errors = errors_of_rounding(values, weights, {a: producer.repeated(each) for a, each in candidates.items()})
+        return candidates[min(errors, key=lambda alpha: errors[alpha])]
+
+    def _rows_of_weight(self, node: fx.Node) -> torch.Tensor:
+        """A linear's weight [N, K]."""
+        tensor = self._model_graph.weights[node.args[1].name].detach()  # type: ignore[union-attr]
+        return tensor if _input_dim(node) else tensor.t()
 
     def _largest_of_inputs(self, node: fx.Node) -> torch.Tensor:
-        weight = self._model_graph.weights[node.args[1].name].detach()  # type: ignore[union-attr]
-        return weight.abs().amax(1 - _input_dim(node)).float()
+        return self._rows_of_weight(node).abs().amax(0).float()
 
     def _multiply(self, weight: fx.Node, scales: torch.Tensor, dim: int) -> None:
         tensor = self._model_graph.weights[weight.name].detach()
         shape = [-1 if each == dim else 1 for each in range(tensor.dim())]
         self._model_graph.weights[weight.name] = tensor * scales.to(tensor).view(shape)
 
-    def _producer(self, source: fx.Node, linears: list[fx.Node], alphas: set[float | None]) -> _Producer:
+    def _producer(self, source: fx.Node, linears: list[fx.Node], alphas: set[float | str | None]) -> _Producer:
         if value_of(source).dtype == torch.float16:
             raise _NoProducerError("float16 has too few exponents for its weights to be scaled exactly")
         if len(alphas) > 1:
@@ -209,17 +227,6 @@ class _Smoother:
     def _require_readers(self, node: fx.Node, readers: list[fx.Node]) -> None:
         if set(node.users) != set(readers):
             raise _NoProducerError(f"{node.name} is also read elsewhere")
-
-
-def _scales(maxima: torch.Tensor, of_weights: torch.Tensor, alpha: float) -> torch.Tensor:
-    """max|x|^alpha / max|w|^(1 - alpha) over its median, to the nearest power of two; 1 where a channel is all zeros.
-
-    A factor that all channels share changes nothing but the magnitude of the weights.
-    """
-    exponent = alpha * maxima.log2() - (1 - alpha) * of_weights.log2()
-    exponent = torch.where((maxima > 0) & (of_weights > 0), exponent, torch.nan)
-    exponent = (exponent - exponent.nanmedian()).nan_to_num(0.0)
-    return torch.exp2(exponent.round().clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT))
 
 
 def _input_dim(node: fx.Node) -> int:

@@ -181,9 +181,9 @@ def measure(
     Raises VerificationError, naming the pass and the first site that parts, above the class's bound.
     """
     replaced = {old: (new, site) for site in context.sites for old, new in site.replaced.items()}
-    # What stands in a place at the end: a pass may replace its own replacements.
+    # What stands in a place at the end: a pass may replace its own replacements, or only a node's weights.
     for old, (new, site) in replaced.items():
-        while new in replaced:
+        while new in replaced and new != old:
             new = replaced[new][0]
         replaced[old] = (new, site)
     new_names = frozenset(new for new, _ in replaced.values())

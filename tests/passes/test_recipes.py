@@ -14,14 +14,21 @@ import infercomp
 from infercomp.config import Config, parse_options
 from infercomp.passes.config import PassConfig
 from infercomp.passes.recipes import RECIPES, W4A8, W4A16, W8A8, W8A16, LayerRecipes, Recipe, fits
+from infercomp.passes.rounding import GPTQ, ScaleSearch
 from infercomp.runtime.errors import ConfigError
 
 groups = st.integers(1, 256).map(lambda count: 32 * count)
+shares = st.floats(0, 1, exclude_min=True)
+searches = st.builds(ScaleSearch, st.integers(1, 99), shares)
+gptqs = st.builds(
+    GPTQ, st.integers(1, 99), shares, st.floats(1e-6, 10), st.booleans(), st.integers(1, 999), st.booleans()
+)
+roundings = st.none() | searches | gptqs
 linear_recipes = st.one_of(
-    st.builds(W8A8, smooth_alpha=st.none() | st.floats(0, 1)),
-    st.just(W8A16()),
-    st.builds(W4A8, groups, st.booleans()),
-    st.builds(W4A16, groups, st.booleans()),
+    st.builds(W8A8, rounding=roundings, smooth_alpha=st.none() | st.just("search") | st.floats(0, 1)),
+    st.builds(W8A16, rounding=roundings),
+    st.builds(W4A8, groups, st.booleans(), roundings),
+    st.builds(W4A16, groups, st.booleans(), roundings),
 )
 rules = st.tuples(st.text(min_size=1), st.none() | linear_recipes)
 recipes = linear_recipes | st.builds(LayerRecipes, st.lists(rules, min_size=1, max_size=4).map(tuple))
@@ -51,8 +58,16 @@ def test_json_may_leave_out_what_has_a_default() -> None:
 def test_a_name_is_short_for_a_recipe(name: str) -> None:
     recipe = PassConfig(quantization=name).recipe
     assert recipe == PassConfig(quantization=RECIPES[name]).recipe == RECIPES[name]
-    if name == "w8a8-smoothquant":
-        assert recipe == W8A8(smooth_alpha=0.5)
+    methods = {
+        "w8a8-smoothquant": W8A8(smooth_alpha=0.5),
+        "w8a8-smoothquant-search": W8A8(smooth_alpha="search"),
+        "w8a16-search": W8A16(rounding=ScaleSearch(64, 0.75)),
+        "w4a16-gptq": W4A16(128, True, GPTQ()),
+        "w4a16-g32-gptq": W4A16(32, True, GPTQ()),
+        "w4a16-g64-gptq": W4A16(64, True, GPTQ()),
+    }
+    if name in methods:
+        assert recipe == methods[name]
         return
     given_group = f"-g{RECIPES[name].group_size}" if "-g" in name else ""
     suffix = "-sym" if given_group and RECIPES[name].symmetric else ""
@@ -64,6 +79,7 @@ def test_a_name_is_short_for_a_recipe(name: str) -> None:
 def test_the_package_has_every_recipe() -> None:
     assert (infercomp.W8A8, infercomp.W8A16, infercomp.LayerRecipes) == (W8A8, W8A16, LayerRecipes)
     assert (infercomp.W4A8, infercomp.W4A16) == (W4A8, W4A16)
+    assert (infercomp.GPTQ, infercomp.ScaleSearch) == (GPTQ, ScaleSearch)
 
 
 @pytest.mark.parametrize("made", [W4A8, W4A16])
@@ -84,6 +100,14 @@ def test_a_group_that_no_kernel_takes_is_refused(made: Any, group_size: Any) -> 
             (lambda alpha=alpha: W8A8(smooth_alpha=alpha), "smooth_alpha")
             for alpha in (-0.1, 1.1, math.nan, math.inf, "0.5", True)
         ],
+        (lambda: W8A16(rounding="gptq"), "rounding"),
+        (lambda: ScaleSearch(num_candidates=0), "num_candidates"),
+        *[(lambda end=end: ScaleSearch(smallest=end), "smallest") for end in (0, 1.5, math.nan, "1", True)],
+        *[(lambda damp=damp: GPTQ(damp=damp), "damp") for damp in (0.0, -1, math.nan, math.inf, None)],
+        (lambda: GPTQ(block_size=0), "block_size"),
+        (lambda: GPTQ(act_order=1), "act_order"),
+        (lambda: GPTQ(true_sequential=None), "true_sequential"),
+        (lambda: GPTQ(smallest=2), "smallest"),
         (lambda: LayerRecipes(()), "layers"),
         (lambda: LayerRecipes([("*", W8A8())]), "layers"),
         (lambda: LayerRecipes((("*", "w8a8"),)), "layers"),
@@ -106,6 +130,10 @@ def test_a_field_out_of_range_is_named(make: Any, field: str) -> None:
         ({"recipe": ["w8a8"]}, "recipe"),
         ({"recipe": "w8a8", "bits": 8}, "bits"),
         ({"recipe": "w4a16", "group_size": 33}, "group_size"),
+        ({"recipe": "w8a16", "rounding": "gptq"}, "rounding"),
+        ({"recipe": "w8a16", "rounding": {"rounding": "gptk"}}, "rounding"),
+        ({"recipe": "w8a16", "rounding": {"rounding": "gptq", "dump": 1}}, "dump"),
+        ({"recipe": "w8a16", "rounding": {"rounding": "gptq", "damp": 0}}, "damp"),
         ({"recipe": "layers"}, "layers"),
         ({"recipe": "layers", "layers": [["*"]]}, "layers"),
         ({"recipe": "layers", "layers": [[1, None]]}, "layers"),

@@ -17,12 +17,13 @@ from infercomp import LLM
 from infercomp.codegen.model_graph import ModelGraph
 from infercomp.codegen.ops import linear
 from infercomp.passes import smooth_activations
-from infercomp.passes.calibration import Calibration, largest_of_channels
+from infercomp.passes.calibration import Calibration, largest_of_channels, observe, some_tokens
 from infercomp.passes.config import PassConfig
 from infercomp.passes.pipeline import PIPELINE, run_pipeline
 from infercomp.passes.recipes import W8A8, W8A16, LayerRecipes, Recipe
 from infercomp.passes.record import PassRecord
 from infercomp.passes.smooth_activations import SMOOTH_ACTIVATIONS
+from infercomp.passes.smoothing_scales import smoothing_scales
 from infercomp.runtime.errors import ConfigError, NumericalError, VerificationError
 from infercomp.serving import capture_for_serving, position_limit
 
@@ -129,8 +130,14 @@ def test_a_planted_bug_is_caught(
 def spread_of_inputs(model_graph: ModelGraph) -> dict[str, float]:
     """How far the largest channel of each input is above the one in the middle."""
     wanted = {node.args[0]: node.args[1].name for node in model_graph.calls(linear.overload)}
-    maxima = largest_of_channels(model_graph, CALIBRATION, wanted)
-    return {wanted[node]: float(each.max() / each.median()) for node, each in maxima.items()}
+    found: dict[str, float] = {}
+
+    def visit(node: Any, values: Any) -> None:
+        maxima = largest_of_channels(values)
+        found[wanted[node]] = float(maxima.max() / maxima.median())
+
+    observe(model_graph, CALIBRATION, wanted, visit)
+    return found
 
 
 def test_outliers_leave_the_activations() -> None:
@@ -158,9 +165,9 @@ def test_alpha_zero_leaves_no_outliers_in_weights_and_one_none_in_activations() 
 
 def test_scales_are_the_nearest_powers_of_two() -> None:
     maxima, of_weights = torch.tensor([16.0, 9.0, 100.0, 0.0, 3.0, 1e9]), torch.tensor([1.0, 9.0, 0.25, 1.0, 0.0, 1e-9])
-    scales = smooth_activations._scales(maxima, of_weights, 0.5)
+    scales = smoothing_scales(maxima, of_weights, 0.5)
     assert scales.tolist() == [1.0, 0.25, 4.0, 1.0, 1.0, 65536.0]
-    assert smooth_activations._scales(torch.zeros(2), torch.ones(2), 0.5).tolist() == [1.0, 1.0]
+    assert smoothing_scales(torch.zeros(2), torch.ones(2), 0.5).tolist() == [1.0, 1.0]
 
 
 def test_recipes_of_layers_are_kept_to() -> None:
@@ -187,6 +194,44 @@ def test_one_match_may_be_left_out() -> None:
     model_graph, examples = llama()
     record = smooth(model_graph, examples, disable=("smooth_activations#3",))
     assert (record.matches, record.skipped) == (8, 1)
+
+
+def test_a_search_takes_the_alpha_that_moves_outputs_least() -> None:
+    """Whatever single alpha a layer is given, none leaves it less error than the search does."""
+
+    def errors(alpha: float | str) -> list[float]:
+        model_graph, examples = llama(factor=10.0)
+        exact = dict(model_graph.weights)
+        rows = {}
+        for node in model_graph.calls(linear.overload):
+            rows[node.args[1].name] = node.args[0]
+
+        def visit(node: Any, values: Any) -> None:
+            tokens = some_tokens(values, 512)
+            for name in (name for name, source in rows.items() if source is node):
+                inputs, weight = on_8_bits(tokens), on_8_bits(model_graph.weights[name])
+                whole = tokens @ model_graph.weights[name].t()
+                found[name] = float((inputs @ weight.t() - whole).square().sum() / whole.square().sum())
+
+        found: dict[str, float] = {}
+        # What is folded into rows of a weight changes how much they count among its outputs.
+        apart = LayerRecipes((("o_proj", None), ("down_proj", None), ("*", W8A8(smooth_alpha=alpha))))
+        smooth(model_graph, examples, apart)
+        assert any(not torch.equal(exact[name], model_graph.weights[name]) for name in exact)
+        observe(model_graph, CALIBRATION, {source: name for name, source in rows.items()}, visit)
+        of_inputs: dict[Any, float] = {}
+        for name, error in found.items():
+            of_inputs[rows[name]] = of_inputs.get(rows[name], 0.0) + error
+        return list(of_inputs.values())
+
+    searched = errors("search")
+    for alpha in (0.25, 0.5, 0.75):
+        assert all(one <= other * 1.001 for one, other in zip(searched, errors(alpha), strict=True))
+
+
+def on_8_bits(rows: torch.Tensor) -> torch.Tensor:
+    steps = rows.abs().amax(-1, keepdim=True) / 127
+    return torch.round(rows / steps) * steps
 
 
 def test_without_smooth_alpha_nothing_happens() -> None:

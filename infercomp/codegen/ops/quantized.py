@@ -105,6 +105,12 @@ def _codes(packed: torch.Tensor) -> torch.Tensor:
     return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
 
 
+def packed_nibbles(codes: torch.Tensor) -> torch.Tensor:
+    """Codes 0 … 15 of any dtype [N, K] as a packed weight uint8 [N, K/2]."""
+    nibbles = codes.to(torch.uint8)
+    return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
+
+
 def _group_products(q: torch.Tensor, codes: torch.Tensor, group_size: int) -> torch.Tensor:
     """q [..., K] times codes [N, K] for each group alone [G, ..., N]: integers below 2**24, so exact in float32."""
     num_outputs, num_channels = codes.shape
@@ -309,6 +315,8 @@ def quantize_weight_int4(
     """
     groups = weight.to(torch.float32).unflatten(-1, (-1, group_size))
     codes, scale, zero = _symmetric_int4(groups) if symmetric else _asymmetric_int4(groups)
-    nibbles = codes.to(torch.uint8).flatten(-2)
-    packed = nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
-    return packed, scale.squeeze(-1).half(), (zero.squeeze(-1) * PARTS_OF_A_STEP).to(torch.uint8)
+    return (
+        packed_nibbles(codes.flatten(-2)),
+        scale.squeeze(-1).half(),
+        (zero.squeeze(-1) * PARTS_OF_A_STEP).to(torch.uint8),
+    )

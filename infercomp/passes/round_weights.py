@@ -1,0 +1,105 @@
+"""Weights move to the grid of their integers, layer by layer, so that the layer's output changes least.
+
+    y = linear(x, w)    ->    y = linear(x, w')        w' = scale * (code - zero)
+
+For each layer whose recipe has a ``rounding``: GPTQ (Frantar et al. 2022), or a search for the scales alone. Both see
+the layer's inputs in the calibration samples. The codes are kept beside the graph (``stored_integers``), where
+``quantize_linears`` takes them as they are; until then the weights are the floats that they stand for, so that the
+passes between need not know. It needs weights that the graph owns (``frozen``), and comes before linears are merged,
+where each has its parameter alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import fx
+
+from ..codegen.model_graph import ModelGraph
+from ..runtime.errors import ConfigError
+from .calibration import Calibration, observe, second_moment
+from .gptq import gptq_codes
+from .graph_pass import LOSSY, Pass, PassContext
+from .quantizable_linears import QuantizableLinears, parameters_of
+from .recipes import LinearRecipe
+from .rounding import GPTQ, ScaleSearch
+from .weight_grids import fitted_grid, nearest_codes
+
+
+def run(model_graph: ModelGraph, context: PassContext) -> None:
+    recipe = context.config.recipe
+    if recipe is None or all(each is None or each.rounding is None for _, each in recipe.rules):
+        return
+    if not model_graph.frozen:
+        what = "rounding changes weights, and those of torch.compile are the user's"
+        raise ConfigError(what, remedy="use LLM, or a recipe without rounding", field="rounding")
+    if context.calibration is None:
+        what = "rounding needs samples of text to see what the layers' inputs are"
+        raise ConfigError(what, remedy="LLM(..., calibration=texts)", field="calibration")
+    linears = QuantizableLinears(model_graph, context, recipe)
+    rounder = _Rounder(model_graph, linears)
+    readers: dict[fx.Node, list[fx.Node]] = {}
+    for node, its_recipe in linears.chosen.items():
+        if its_recipe.rounding is None:
+            continue
+        if rounder.is_shared(node):
+            context.near_miss(node, "its weight is also that of another layer, whose inputs are others")
+            continue
+        site = context.claim(node)
+        if site is not None:
+            site.replaced[node.name] = node.name
+            readers.setdefault(node.args[0], []).append(node)  # type: ignore[arg-type]
+    rounder.round(readers, context.calibration)
+
+
+class _Rounder:
+    """Rounds the weights of one graph's linears."""
+
+    def __init__(self, model_graph: ModelGraph, linears: QuantizableLinears) -> None:
+        self._model_graph = model_graph
+        self._linears = linears
+        self._addresses = [tensor.data_ptr() for tensor in model_graph.weights.values() if tensor.numel()]
+        self._of_the_end: dict[str, torch.Tensor] = {}
+
+    def is_shared(self, node: fx.Node) -> bool:
+        weight = parameters_of(node)[0]
+        return len(weight.users) > 1 or self._addresses.count(self._model_graph.weights[weight.name].data_ptr()) > 1
+
+    def round(self, readers: Mapping[fx.Node, Sequence[fx.Node]], calibration: Calibration) -> None:
+        """Round the weights of these linears, given by what they read."""
+        layers = {source: self._linears.names[nodes[0]][0][0] for source, nodes in readers.items()}
+        observe(self._model_graph, calibration, layers, lambda source, values: self._visit(readers[source], values))
+        self._model_graph.weights |= self._of_the_end
+
+    def _visit(self, nodes: Sequence[fx.Node], values: Sequence[torch.Tensor]) -> None:
+        hessian = second_moment(values)
+        for node in nodes:
+            recipe = self._linears.chosen[node]
+            weight, _, is_transposed = parameters_of(node)
+            tensor = self._model_graph.weights[weight.name].detach()
+            integers, restored = _rounded(tensor.t() if is_transposed else tensor, hessian, recipe)
+            restored = restored.to(tensor.dtype)
+            is_seen = isinstance(recipe.rounding, GPTQ) and recipe.rounding.true_sequential
+            target = self._model_graph.weights if is_seen else self._of_the_end
+            target[weight.name] = restored.t().contiguous() if is_transposed else restored
+            self._model_graph.stored_integers[weight.name] = partial(tuple, integers)
+
+
+def _rounded(
+    weight: torch.Tensor, hessian: torch.Tensor, recipe: LinearRecipe
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """The integers of a weight [N, K] as the program stores them, and the floats that they stand for."""
+    method = recipe.rounding
+    assert isinstance(method, ScaleSearch), "layers without a rounding are left out"
+    grid = fitted_grid(weight, recipe, hessian, torch.linspace(1.0, method.smallest, method.num_candidates))
+    scale, zero = grid.of_channels(torch.arange(weight.shape[1]))
+    if isinstance(method, GPTQ):
+        codes = gptq_codes(weight, hessian, grid, method)
+    else:
+        codes = nearest_codes(weight.float(), scale, zero, recipe)
+    return grid.stored(codes), scale * (codes - zero)
+
+
+ROUND_WEIGHTS = Pass("round_weights", run, LOSSY, after=("smooth_activations",))

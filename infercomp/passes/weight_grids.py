@@ -1,0 +1,107 @@
+"""The grids that weights are rounded to, and the choice of one among several by the error that it leaves.
+
+Letters: N output channels, K input channels, g channels of a group, G = K / g groups. A grid stands for
+w = scale * (code - zero), with codes and scales of the range and the dtype that ``codegen.ops.quantized`` stores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ..codegen.ops.quantized import PARTS_OF_A_STEP, SMALLEST_MAXIMUM, packed_nibbles
+from .recipes import LinearRecipe
+
+# Every candidate takes several passes over a part of the weight, which should stay in a processor's cache.
+_CHUNK_ELEMENTS = 1 << 17
+_MIDDLE = {8: 0, 4: 8}
+_LOWEST = {8: -127, 4: 0}
+_HIGHEST = {8: 127, 4: 15}
+
+
+@dataclass(frozen=True)
+class WeightGrid:
+    """The steps and the zeros of a weight [N, K], each float32 [N, G]."""
+
+    recipe: LinearRecipe
+    scale: torch.Tensor
+    zero: torch.Tensor
+    group_size: int
+
+    def of_channels(self, channels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and zero [N, channels] of these input channels."""
+        groups = channels // self.group_size
+        return self.scale[:, groups], self.zero[:, groups]
+
+    def stored(self, codes: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Codes [N, K] as integers of the program: codes, scales and, where the recipe has any, zeros."""
+        if self.recipe.weight_bits == 8:
+            return codes.to(torch.int8), self.scale.flatten()
+        packed = packed_nibbles(codes), self.scale.half()
+        return packed if self.recipe.symmetric else (*packed, (self.zero * PARTS_OF_A_STEP).to(torch.uint8))
+
+
+def nearest_codes(weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, recipe: LinearRecipe) -> torch.Tensor:
+    """The codes of the points next to ``weight``, all of one shape or broadcast to it."""
+    bits = recipe.weight_bits
+    return torch.round(weight / scale + zero).clamp(_LOWEST[bits], _HIGHEST[bits])
+
+
+def fitted_grid(weight: torch.Tensor, recipe: LinearRecipe, hessian: torch.Tensor, shares: torch.Tensor) -> WeightGrid:
+    """The grid whose nearest codes for ``weight`` [N, K] leave the least error in the outputs.
+
+    d H dᵀ is a group's error, d being that of its weights and H its block of ``hessian`` [K, K]. ``shares`` are the
+    parts of the range of a group that the grids tried reach.
+    """
+    group_size = recipe.group_size or weight.shape[1]
+    blocks = hessian.float().unflatten(0, (-1, group_size)).unflatten(-1, (-1, group_size))
+    blocks = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    rows = weight.split(max(1, _CHUNK_ELEMENTS // weight.shape[1]))
+    parts = [_fitted_rows(each.float().unflatten(-1, (-1, group_size)), recipe, blocks, shares) for each in rows]
+    scale, zero = (torch.cat(each).squeeze(-1) for each in zip(*parts, strict=True))
+    return WeightGrid(recipe, scale, zero, group_size)
+
+
+def _fitted_rows(
+    groups: torch.Tensor, recipe: LinearRecipe, blocks: torch.Tensor, shares: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero [N, G, 1] for ``groups`` [N, G, g], given the groups' blocks of the Hessian [G, g, g]."""
+    best: list[torch.Tensor] = []
+    for scale, zero in _candidates(groups, recipe, shares):
+        difference = (scale * (nearest_codes(groups, scale, zero, recipe) - zero) - groups).transpose(0, 1)
+        error = ((difference @ blocks) * difference).sum(-1, keepdim=True).transpose(0, 1)
+        found = [error, scale, zero]
+        if best:
+            is_less = error < best[0]
+            found = [torch.where(is_less, new, old) for new, old in zip(found, best, strict=True)]
+        best = found
+    return best[1], best[2]
+
+
+def _candidates(
+    groups: torch.Tensor, recipe: LinearRecipe, shares: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Scales and zeros [N, G, 1], the whole range of each group first."""
+    bits = recipe.weight_bits
+    if recipe.symmetric:
+        extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+        ends = (-7.0, -8.0) if bits == 4 else (127.0,)
+        extreme = extreme if bits == 4 else extreme.abs()
+        zero = torch.full_like(extreme, float(_MIDDLE[bits]))
+        for share in shares:
+            for end in ends:
+                yield _as_stored(extreme * (share / end), bits), zero
+        return
+    low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
+    for share in shares:
+        scale = _as_stored((high - low) * (share / _HIGHEST[bits]), bits)
+        zero = (-low * share / scale).clamp(max=_HIGHEST[bits])
+        yield scale, torch.round(zero * PARTS_OF_A_STEP) / PARTS_OF_A_STEP
+
+
+def _as_stored(scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """The scale as the program holds it; one that is zero, or would be, is 1: its codes are then all the middle."""
+    stored = scale.half().float() if bits == 4 else scale
+    return torch.where(stored.abs() < SMALLEST_MAXIMUM, 1.0, stored)
