@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -136,7 +136,7 @@ def compile_for_serving(
     return form, captured.weights
 
 
-def _checkpoint_config(model: Any, names: Iterable[str]) -> dict[str, Any] | None:
+def _checkpoint_config(model: Any, names: Collection[str]) -> dict[str, Any] | None:
     """The model's config if other tools could load tensors of these names with it: they know quantised linears only."""
     config: Any = getattr(model, "config", None)
     modules = dict(model.named_modules())
@@ -144,6 +144,10 @@ def _checkpoint_config(model: Any, names: Iterable[str]) -> dict[str, Any] | Non
     others = [module for module in modules.values() if not isinstance(module, torch.nn.Linear)]
     elsewhere = {id(parameter) for module in others for parameter in module.parameters(recurse=False)}
     is_known = all(isinstance(m, torch.nn.Linear) and id(m.weight) not in elsewhere for m in quantized)
+    # A layer that was split has none of its own tensors any more.
+    held = {name.rpartition(".weight")[0] for name in names}
+    linears = (name for name, m in modules.items() if isinstance(m, torch.nn.Linear) and id(m.weight) not in elsewhere)
+    is_known = is_known and held.issuperset(linears)
     return json.loads(config.to_json_string()) if is_known and hasattr(config, "to_json_string") else None
 
 

@@ -127,6 +127,26 @@ def largest_of_channels(values: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack([value.abs().flatten(0, -2).amax(0).float() for value in values]).amax(0)
 
 
+def power_mean_of_channels(values: Sequence[torch.Tensor], power: float) -> torch.Tensor:
+    """(mean |x|^power)^(1 / power) over all tokens for each channel of values [..., K], float32 [K]."""
+    largest = largest_of_channels(values)
+    # Parts of the largest, so that no power overflows.
+    divisor = torch.where(largest == 0, 1.0, largest)
+    total, num_tokens = torch.zeros_like(largest), 0
+    for value in values:
+        rows = value.flatten(0, -2).abs().float() / divisor
+        total += rows.pow(power).sum(0)
+        num_tokens += len(rows)
+    return (total / num_tokens).pow(1 / power) * largest
+
+
+def range_of_channels(values: Sequence[torch.Tensor]) -> torch.Tensor:
+    """max x - min x over all tokens for each channel of values [..., K], float32 [K]."""
+    rows = [value.flatten(0, -2) for value in values]
+    highest = torch.stack([each.amax(0) for each in rows]).amax(0)
+    return (highest.float() - torch.stack([each.amin(0) for each in rows]).amin(0).float()).abs()
+
+
 def second_moment(values: Sequence[torch.Tensor]) -> torch.Tensor:
     """2 X Xᵀ / tokens of values [..., K], float32 [K, K]: the Hessian of a linear's squared error, which GPTQ takes."""
     total, num_tokens = torch.zeros(values[0].shape[-1], values[0].shape[-1]), 0

@@ -12,6 +12,7 @@ from torch import fx
 from ..codegen.model_graph import ModelGraph, source_line
 from .calibration import Calibration
 from .config import PassConfig
+from .recipes import LinearRecipe
 from .record import NearMiss, Site
 
 InputAdapter = Callable[[Mapping[str, Any]], dict[str, Any]]
@@ -55,6 +56,18 @@ class Pass:
     optional: bool = True
 
 
+@dataclass(frozen=True)
+class Decision:
+    """What an earlier pass has decided of a layer by its weight: the recipe, or None for floats, and why.
+
+    ``names`` are those of the layer that the weight is a part of.
+    """
+
+    recipe: LinearRecipe | None
+    reason: str
+    names: tuple[str, ...]
+
+
 @dataclass
 class MatchBudget:
     """Matches that may still be applied over the whole pipeline; None is no limit."""
@@ -72,11 +85,17 @@ class PassContext:
     """The frame's side of one pass run."""
 
     def __init__(
-        self, name: str, config: PassConfig, budget: MatchBudget, calibration: Calibration | None = None
+        self,
+        name: str,
+        config: PassConfig,
+        budget: MatchBudget,
+        calibration: Calibration | None = None,
+        decisions: dict[str, Decision] | None = None,
     ) -> None:
         self.name = name
         self.config = config
         self.calibration = calibration
+        self.decisions = {} if decisions is None else decisions
         self.sites: list[Site] = []
         self.near_misses: list[NearMiss] = []
         self.num_skipped = 0

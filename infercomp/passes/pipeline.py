@@ -24,7 +24,7 @@ from .fuse_pointwise import FUSE_POINTWISE
 from .fuse_residual_norm import FUSE_RESIDUAL_NORM
 from .fuse_rope import FUSE_ROPE
 from .fuse_rotary_write import FUSE_ROTARY_WRITE
-from .graph_pass import MatchBudget, Pass, PassContext
+from .graph_pass import Decision, MatchBudget, Pass, PassContext
 from .merge_linears import MERGE_LINEARS
 from .normalize import NORMALIZE
 from .page_attention import PAGE_ATTENTION
@@ -38,7 +38,9 @@ from .record import PassRecord
 from .round_weights import ROUND_WEIGHTS
 from .select_logit_rows import SELECT_LOGIT_ROWS
 from .smooth_activations import SMOOTH_ACTIVATIONS
+from .split_channels import SPLIT_CHANNELS
 from .verify import check_structure, measure, output_values, tape_of
+from .widen_activations import WIDEN_ACTIVATIONS
 
 PIPELINE: tuple[Pass, ...] = (
     NORMALIZE,
@@ -50,6 +52,8 @@ PIPELINE: tuple[Pass, ...] = (
     RECOGNIZE_GATED_MLP,
     FOLD_CONSTANTS,
     SMOOTH_ACTIVATIONS,
+    SPLIT_CHANNELS,
+    WIDEN_ACTIVATIONS,
     ROUND_WEIGHTS,
     MERGE_LINEARS,
     PAGE_ATTENTION,
@@ -105,13 +109,15 @@ def run_pipeline(
     check_order(pipeline)
     budget = MatchBudget(config.limit)
     inputs = example_inputs
+    decisions: dict[str, Decision] = {}
     records = []
     for index, graph_pass in enumerate(pipeline, start=1):
         if graph_pass.serving and not serving:
             continue
         # What serving cannot do without is no step of a bisection.
         own_budget = budget if graph_pass.optional else MatchBudget(None)
-        record, inputs = _run_pass(graph_pass, model_graph, config, own_budget, inputs, calibration)
+        context = PassContext(graph_pass.name, config, own_budget, calibration, decisions)
+        record, inputs = _run_pass(graph_pass, model_graph, context, inputs)
         if record.matches and on_change is not None:
             on_change(index, graph_pass.name, model_graph, inputs)
         records.append(record)
@@ -121,15 +127,13 @@ def run_pipeline(
 def _run_pass(
     graph_pass: Pass,
     model_graph: ModelGraph,
-    config: PassConfig,
-    budget: MatchBudget,
+    context: PassContext,
     inputs: Mapping[str, Any] | None,
-    calibration: Calibration | None,
 ) -> tuple[PassRecord, Mapping[str, Any] | None]:
     """The pass's record, and the example inputs as the graph takes them after it."""
-    context = PassContext(graph_pass.name, config, budget, calibration)
-    before = tape_of(model_graph) if config.verify else []
-    weights_before = dict(model_graph.weights) if config.verify else {}
+    is_measured = context.config.verify
+    before = tape_of(model_graph) if is_measured else []
+    weights_before = dict(model_graph.weights) if is_measured else {}
     outputs_before = output_values(model_graph)
     start = time.perf_counter()
     graph_pass.run(model_graph, context)
@@ -137,7 +141,7 @@ def _run_pass(
     check_structure(model_graph, None if graph_pass.serving else outputs_before, graph_pass.name)
     inputs_after = inputs if inputs is None or context.input_adapter is None else context.input_adapter(inputs)
     max_error = None
-    if config.verify and context.sites and inputs is not None and inputs_after is not None:
+    if is_measured and context.sites and inputs is not None and inputs_after is not None:
         max_error = measure(
             before, weights_before, inputs, model_graph, inputs_after, context, graph_pass.numeric_class
         )

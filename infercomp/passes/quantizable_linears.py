@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import fx
 
 from ..codegen.model_graph import ModelGraph, aten, value_of
 from ..codegen.ops import linear, merge_weights
-from .graph_pass import PassContext, is_float_tensor
+from .graph_pass import Decision, PassContext, is_float_tensor
 from .recipe_layers import Names, check_group, check_patterns, layer_names, recipe_for
 from .recipes import LinearRecipe, Recipe
 
@@ -23,13 +24,14 @@ class QuantizableLinears:
     def __init__(self, model_graph: ModelGraph, context: PassContext, recipe: Recipe) -> None:
         self._model_graph = model_graph
         self._quantizes_head = context.config.quantize_lm_head
+        self._decisions = context.decisions
         self._heads = _lm_heads(model_graph)
         self._placeholders_at: dict[int, list[fx.Node]] = {}
         for node in model_graph.graph.nodes:
             if model_graph.is_weight(node):
                 self._placeholders_at.setdefault(model_graph.weights[node.name].data_ptr(), []).append(node)
         self.names: dict[fx.Node, Names] = {
-            node: [layer_names(model_graph, source) for source in sources_of(parameters_of(node)[0])]
+            node: [self._names(source) for source in sources_of(parameters_of(node)[0])]
             for node in model_graph.calls(linear.overload)
         }
         check_patterns(recipe, self.names, context, is_whole=model_graph.frozen)
@@ -39,12 +41,24 @@ class QuantizableLinears:
             wanted = self._recipe_of(node, recipe, names)
             reason = self._why_not(node, wanted)
             if wanted is None or reason is not None:
-                self.reasons[node] = reason or "the recipe leaves it in floats"
+                self.reasons[node] = str(reason)
             else:
                 check_group(wanted, names, node)
                 self.chosen[node] = wanted
 
+    def _names(self, weight: fx.Node) -> Sequence[str]:
+        decision = self._decisions.get(weight.name)
+        return layer_names(self._model_graph, weight) if decision is None else decision.names
+
+    def _decision(self, node: fx.Node) -> Decision | None:
+        """What is decided of a linear's weight already, or of the first of those that are merged in it."""
+        decisions = (self._decisions.get(source.name) for source in sources_of(parameters_of(node)[0]))
+        return next((each for each in decisions if each is not None), None)
+
     def _recipe_of(self, node: fx.Node, recipe: Recipe, names: Names) -> LinearRecipe | None:
+        decision = self._decision(node)
+        if decision is not None:
+            return decision.recipe
         found = recipe_for(recipe, names, node)
         return found.for_head if found is not None and self.is_head(node) and not self._is_stored(node) else found
 
@@ -60,7 +74,8 @@ class QuantizableLinears:
 
     def _why_not(self, node: fx.Node, recipe: LinearRecipe | None) -> str | None:
         if recipe is None:
-            return "the recipe leaves it in floats"
+            decision = self._decision(node)
+            return "the recipe leaves it in floats" if decision is None else decision.reason
         if not self._quantizes_head and self.is_head(node) and not self._is_stored(node):
             return "it is the LM head, and quantize_lm_head is off"
         sources = sources_of(parameters_of(node)[0])

@@ -13,9 +13,9 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
-from infercomp.runtime.config import describe
+from infercomp.runtime.config import LARGEST_COUNT, describe, require_int, require_number
 from infercomp.runtime.errors import ConfigError
 
 from .rounding import GPTQ, Rounding, ScaleSearch, rounding_of
@@ -90,14 +90,14 @@ class LinearRecipe(Recipe):
         return (("*", self),)
 
     @property
-    def smoothing(self) -> float | str | None:
-        """SmoothQuant's alpha, or "search", or None where outliers stay in the activations."""
+    def smoothing(self) -> Smoothing | None:
+        """How outliers move from activations into weights, or None where they stay."""
         return None
 
     @property
     def needs_calibration(self) -> bool:
         """Whether samples of text are needed."""
-        return self.smoothing is not None or self.rounding is not None
+        return self.rounding is not None
 
     @property
     def for_head(self) -> LinearRecipe:
@@ -108,6 +108,13 @@ class LinearRecipe(Recipe):
         fields = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
         rounding = None if self.rounding is None else self.rounding.as_dict()
         return {"recipe": type(self).__name__.lower(), **fields, "rounding": rounding}
+
+
+class Smoothing(NamedTuple):
+    """SmoothQuant's alpha, or "search", and the power of the mean over tokens, or None for their maximum."""
+
+    alpha: float | str
+    power: float | None
 
 
 def _is_group(size: object) -> bool:
@@ -127,17 +134,47 @@ class W8A8(LinearRecipe):
     """How much of the activations' outliers moves into the weights, in [0, 1] (SmoothQuant, Xiao et al. 2022: 0.5), or
     "search" for what suits each layer; needs calibration data. None leaves all where they are."""
 
+    smooth_power: float | None = 3.0
+    """What stands for a channel's activations in SmoothQuant's scales: the mean over tokens of this power of their
+    magnitudes, as each token has a scale of its own here; None is their maximum, as in the paper."""
+
+    outlier_threshold: float | None = None
+    """Input channels that reach this magnitude in the calibration data stay floats, in activations and in weights
+    (LLM.int8(), Dettmers et al. 2022: 6.0). There each batch finds its own; here they are found once."""
+
+    embedding_groups: int | None = None
+    """So many groups of input channels, sorted by their range in the calibration data, have a scale of their own for
+    each token (PEG, Bondarenko et al. 2021: 6). Divides the input channels."""
+
+    harmful_error: float | None = None
+    """Activations stay floats where 8 bits change the output of a layer that reads them by more than this part of it,
+    over the calibration data (Bondarenko et al. 2021); None rounds all."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         alpha = self.smooth_alpha
-        is_number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
-        if alpha is not None and alpha != "search" and not (is_number and 0 <= float(alpha) <= 1):
-            what = f'smooth_alpha must be in [0, 1], "search" or None, not {describe(alpha)}'
-            raise ConfigError(what, field="smooth_alpha")
+        if alpha is not None and alpha != "search":
+            require_number(alpha, "smooth_alpha", 'in [0, 1], "search" or None', low=0, high=1, is_open=False)
+        if self.smooth_power is not None:
+            require_number(self.smooth_power, "smooth_power", "of at least 1, or None", low=1, is_open=False)
+        if self.outlier_threshold is not None:
+            require_number(self.outlier_threshold, "outlier_threshold", "above 0", low=0)
+        if self.embedding_groups is not None:
+            require_int(self.embedding_groups, "embedding_groups", 2, LARGEST_COUNT)
+        if self.harmful_error is not None:
+            require_number(self.harmful_error, "harmful_error", "from 0, or None", low=0, is_open=False)
+        if self.outlier_threshold is not None and self.embedding_groups is not None:
+            what = "channels are split by outlier_threshold or by embedding_groups, not by both"
+            raise ConfigError(what, field="embedding_groups")
 
     @property
-    def smoothing(self) -> float | str | None:
-        return self.smooth_alpha
+    def smoothing(self) -> Smoothing | None:
+        return None if self.smooth_alpha is None else Smoothing(self.smooth_alpha, self.smooth_power)
+
+    @property
+    def needs_calibration(self) -> bool:
+        fields = (self.smooth_alpha, self.outlier_threshold, self.embedding_groups, self.harmful_error)
+        return super().needs_calibration or any(field is not None for field in fields)
 
 
 @dataclass(frozen=True)
@@ -244,6 +281,8 @@ RECIPES: dict[str, LinearRecipe] = {
     "w8a8": W8A8(),
     "w8a8-smoothquant": W8A8(smooth_alpha=0.5),
     "w8a8-smoothquant-search": W8A8(smooth_alpha="search"),
+    "llm-int8": W8A8(outlier_threshold=6.0),
+    "peg": W8A8(embedding_groups=6),
     "w8a16": W8A16(),
     "w8a16-search": W8A16(rounding=ScaleSearch(num_candidates=64, smallest=0.75)),
     "w4a8": W4A8(),

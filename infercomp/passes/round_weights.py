@@ -102,4 +102,4 @@ def _rounded(
     return grid.stored(codes), scale * (codes - zero)
 
 
-ROUND_WEIGHTS = Pass("round_weights", run, LOSSY, after=("smooth_activations",))
+ROUND_WEIGHTS = Pass("round_weights", run, LOSSY, after=("smooth_activations", "split_channels", "widen_activations"))

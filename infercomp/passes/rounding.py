@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from infercomp.runtime.config import LARGEST_COUNT, describe, require_int
+from infercomp.runtime.config import LARGEST_COUNT, describe, require_int, require_number
 from infercomp.runtime.errors import ConfigError
 
 
@@ -39,7 +39,7 @@ class ScaleSearch(Rounding):
 
     def __post_init__(self) -> None:
         require_int(self.num_candidates, "num_candidates", 1, LARGEST_COUNT)
-        _require_number(self.smallest, "smallest", "in (0, 1]", 0 < _number(self.smallest) <= 1)
+        require_number(self.smallest, "smallest", "in (0, 1]", low=0, high=1)
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class GPTQ(ScaleSearch):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_number(self.damp, "damp", "above 0", 0 < _number(self.damp) < float("inf"))
+        require_number(self.damp, "damp", "above 0", low=0)
         require_int(self.block_size, "block_size", 1, LARGEST_COUNT)
         for name in ("act_order", "true_sequential"):
             value = getattr(self, name)
@@ -91,13 +91,3 @@ def rounding_of(value: object) -> Rounding | None:
         if name not in ("rounding", *names):
             raise ConfigError(f"{kind} has no field {name!r}", remedy=f"valid: {', '.join(names)}", field=str(name))
     return made(**{name: value[name] for name in names if name in value})
-
-
-def _number(value: object) -> float:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if is_number else float("nan")  # type: ignore[arg-type]
-
-
-def _require_number(value: object, name: str, range_in_words: str, is_in_range: bool) -> None:
-    if not is_in_range:
-        raise ConfigError(f"{name} must be a number {range_in_words}, not {describe(value)}", field=name)

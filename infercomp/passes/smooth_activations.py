@@ -4,7 +4,8 @@
     y = linear(x, w)                            y = linear(x, w * s)            s_j = max|x_j|^a / max|w_j|^(1 - a)
 
 For each layer whose recipe has a ``smooth_alpha``, a; "search" takes for each x the a that changes its linears' outputs
-least once both are on 8 bits. Maxima of x are those of the calibration samples. The scales are
+least once both are on 8 bits. Maxima of x are those of the calibration samples, or ``smooth_power`` has a mean take
+their place: a scale for each token lets few tokens of large activations count less than one for all. The scales are
 divided out of what makes x: a norm's weight and bias, the ``up`` linear of a gated activation, or the linear of the
 values behind attention, whose channels a group of query heads shares. They are rounded to powers of two, so that all
 quotients and products are exact; Gemma's ``1 + w`` has no exact quotient, so its norm gets a multiplication behind it.
@@ -23,10 +24,10 @@ from torch import fx
 from ..codegen.model_graph import ModelGraph, aten, same_shape, same_size, shape_of, value_of
 from ..codegen.ops import attention, gated_activation, layer_norm, linear, rms_norm
 from ..runtime.errors import ConfigError
-from .calibration import Calibration, largest_of_channels, observe
+from .calibration import Calibration, largest_of_channels, observe, power_mean_of_channels
 from .graph_pass import Pass, PassContext
 from .recipe_layers import check_patterns, layer_names, recipe_for
-from .recipes import Recipe
+from .recipes import Recipe, Smoothing
 from .smoothing_scales import SEARCHED_ALPHAS, errors_of_rounding, smoothing_scales
 
 _HEADS_BEHIND_TOKENS = [0, 2, 1, 3]
@@ -84,16 +85,16 @@ class _Smoother:
         chosen = {}
         for source, linears in readers.items():
             recipes = [recipe_for(self._recipe, names[node], node) for node in linears]
-            alphas = {each.smoothing if each is not None else None for each in recipes}
-            if alphas == {None}:
+            smoothings = {each.smoothing if each is not None else None for each in recipes}
+            if smoothings == {None}:
                 continue
             try:
-                producer = self._producer(source, linears, alphas)
+                producer = self._producer(source, linears, len(smoothings))
             except _NoProducerError as error:
                 self._context.near_miss(linears[0], str(error))
                 continue
             if self._context.claim(linears[0]) is not None:
-                chosen[source] = (producer, linears, alphas.pop())
+                chosen[source] = (producer, linears, smoothings.pop())
         layers = {source: names[linears[0]][0][0] for source, (_, linears, _) in chosen.items()}
         scales: dict[fx.Node, torch.Tensor] = {}
 
@@ -110,18 +111,20 @@ class _Smoother:
         return self._model_graph.calls(linear.overload)
 
     def _scales_for(
-        self, values: Sequence[torch.Tensor], producer: _Producer, linears: list[fx.Node], alpha: float | str | None
+        self, values: Sequence[torch.Tensor], producer: _Producer, linears: list[fx.Node], smoothing: Smoothing | None
     ) -> torch.Tensor:
         """The scales to divide out of what ``producer`` makes."""
-        of_values = producer.shared(largest_of_channels(values))
+        assert smoothing is not None, "linears without it are left out"
+        alpha, power = smoothing
+        of_values = largest_of_channels(values) if power is None else power_mean_of_channels(values, power)
+        of_values = producer.shared(of_values)
         of_weights = producer.shared(torch.stack([self._largest_of_inputs(node) for node in linears]).amax(0))
         if not isinstance(alpha, str):
-            assert alpha is not None, "linears without it are left out"
             return smoothing_scales(of_values, of_weights, alpha)
         weights = [self._rows_of_weight(node) for node in linears]
-        candidates = {alpha: smoothing_scales(of_values, of_weights, alpha) for alpha in SEARCHED_ALPHAS}
+        candidates = {each: smoothing_scales(of_values, of_weights, each) for each in SEARCHED_ALPHAS}
         errors = errors_of_rounding(values, weights, {a: producer.repeated(each) for a, each in candidates.items()})
-        return candidates[min(errors, key=lambda alpha: errors[alpha])]
+        return candidates[min(errors, key=lambda each: errors[each])]
 
     def _rows_of_weight(self, node: fx.Node) -> torch.Tensor:
         """A linear's weight [N, K]."""
@@ -136,11 +139,11 @@ class _Smoother:
         shape = [-1 if each == dim else 1 for each in range(tensor.dim())]
         self._model_graph.weights[weight.name] = tensor * scales.to(tensor).view(shape)
 
-    def _producer(self, source: fx.Node, linears: list[fx.Node], alphas: set[float | str | None]) -> _Producer:
+    def _producer(self, source: fx.Node, linears: list[fx.Node], num_smoothings: int) -> _Producer:
         if value_of(source).dtype == torch.float16:
             raise _NoProducerError("float16 has too few exponents for its weights to be scaled exactly")
-        if len(alphas) > 1:
-            raise _NoProducerError("linears of one input have different values of smooth_alpha")
+        if num_smoothings > 1:
+            raise _NoProducerError("linears of one input are to be smoothed in different ways")
         for node in linears:
             self._require_own(node.args[1], "its weight")
         self._require_readers(source, linears)

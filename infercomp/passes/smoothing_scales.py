@@ -18,6 +18,7 @@ _LARGEST_EXPONENT = 16
 def smoothing_scales(maxima: torch.Tensor, of_weights: torch.Tensor, alpha: float) -> torch.Tensor:
     """max|x|^alpha / max|w|^(1 - alpha) over its median, to the nearest power of two; 1 where a channel is all zeros.
 
+    ``maxima`` may be means, of any power: what stands for the activations of each channel.
     A factor that all channels share changes nothing but the magnitude of the weights.
     """
     exponent = alpha * maxima.log2() - (1 - alpha) * of_weights.log2()
@@ -38,14 +39,14 @@ def errors_of_rounding(
     outputs = [F.linear(tokens, matrix) for matrix in matrices]
     errors = dict.fromkeys(scales, 0.0)
     for key, scale in scales.items():
-        inputs = _on_8_bits(tokens / scale)
+        inputs = on_8_bits(tokens / scale)
         for matrix, output in zip(matrices, outputs, strict=True):
-            rounded = F.linear(inputs, _on_8_bits(matrix * scale))
+            rounded = F.linear(inputs, on_8_bits(matrix * scale))
             errors[key] += float((rounded - output).square().sum() / output.square().sum())
     return errors
 
 
-def _on_8_bits(rows: torch.Tensor) -> torch.Tensor:
+def on_8_bits(rows: torch.Tensor) -> torch.Tensor:
     """The floats that the integers of each row stand for."""
     codes, scale = quantize_weight_int8.definition(rows)
     return codes.float() * scale[:, None]

@@ -299,6 +299,16 @@ def _index(node: fx.Node, axes: Axes, length: Any) -> int | None:
     return axis + value_of(index).dim() - 1 if dim < axis else axis
 
 
+def _index_select(node: fx.Node, axes: Axes, length: Any) -> int | None:
+    """Channels of every token, the same for all."""
+    source, dim, index = node.args
+    if axes[source] is None or axes[index] is not None:
+        raise MixesTokens(node, "it looks up by an index that depends on the tokens")
+    if dim % value_of(source).dim() == axes[source]:
+        raise MixesTokens(node, "it takes some of the tokens only")
+    return axes[source]
+
+
 def _attention(node: fx.Node, axes: Axes, length: Any) -> int | None:
     query, key, value = node.args[:3]
     if any(axes[operand] != 2 for operand in (query, key, value)):
@@ -348,6 +358,7 @@ _RULES: dict[Any, Callable[[fx.Node, Axes, Any], int | None]] = {
     aten.stack.default: _concatenate,
     aten.gather.default: _gather,
     aten.index.Tensor: _index,
+    aten.index_select.default: _index_select,
     aten.repeat_interleave.self_int: _along(2),
     **dict.fromkeys(
         (aten._to_copy.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default), _same_axis

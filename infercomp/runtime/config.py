@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from .errors import ConfigError, InfercompError
@@ -28,6 +29,16 @@ def require_int(
         remedy=remedy or f"pass {field} as an int between {low} and {high}",
         field=field,
     )
+
+
+def require_number(
+    value: object, field: str, in_words: str, *, low: float, high: float = math.inf, is_open: bool = True
+) -> None:
+    """Raise ConfigError unless ``value`` is finite, at most ``high``, and above ``low`` or, if closed, at least it."""
+    number = float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    if math.isfinite(number) and low <= number <= high and not (is_open and number == low):
+        return
+    raise ConfigError(f"{field} must be a number {in_words}, not {describe(value)}", field=field)
 
 
 def describe(value: object) -> str:

@@ -18,6 +18,7 @@ from infercomp.passes.rounding import GPTQ, ScaleSearch
 from infercomp.runtime.errors import ConfigError
 
 groups = st.integers(1, 256).map(lambda count: 32 * count)
+sizes = st.integers(1, 999)
 shares = st.floats(0, 1, exclude_min=True)
 searches = st.builds(ScaleSearch, st.integers(1, 99), shares)
 gptqs = st.builds(
@@ -25,7 +26,15 @@ gptqs = st.builds(
 )
 roundings = st.none() | searches | gptqs
 linear_recipes = st.one_of(
-    st.builds(W8A8, rounding=roundings, smooth_alpha=st.none() | st.just("search") | st.floats(0, 1)),
+    st.builds(
+        W8A8,
+        rounding=roundings,
+        smooth_alpha=st.none() | st.just("search") | st.floats(0, 1),
+        smooth_power=st.none() | st.floats(1, 9),
+    ),
+    st.builds(W8A8, rounding=roundings, outlier_threshold=st.floats(0, 9, exclude_min=True)),
+    st.builds(W8A8, harmful_error=st.floats(0, 1)),
+    st.builds(W8A8, rounding=roundings, embedding_groups=sizes.filter(lambda count: count > 1)),
     st.builds(W8A16, rounding=roundings),
     st.builds(W4A8, groups, st.booleans(), roundings),
     st.builds(W4A16, groups, st.booleans(), roundings),
@@ -61,6 +70,8 @@ def test_a_name_is_short_for_a_recipe(name: str) -> None:
     methods = {
         "w8a8-smoothquant": W8A8(smooth_alpha=0.5),
         "w8a8-smoothquant-search": W8A8(smooth_alpha="search"),
+        "llm-int8": W8A8(outlier_threshold=6.0),
+        "peg": W8A8(embedding_groups=6),
         "w8a16-search": W8A16(rounding=ScaleSearch(64, 0.75)),
         "w4a16-gptq": W4A16(128, True, GPTQ()),
         "w4a16-g32-gptq": W4A16(32, True, GPTQ()),
@@ -100,6 +111,11 @@ def test_a_group_that_no_kernel_takes_is_refused(made: Any, group_size: Any) -> 
             (lambda alpha=alpha: W8A8(smooth_alpha=alpha), "smooth_alpha")
             for alpha in (-0.1, 1.1, math.nan, math.inf, "0.5", True)
         ],
+        *[(lambda power=power: W8A8(smooth_power=power), "smooth_power") for power in (0.5, math.nan, math.inf, "max")],
+        *[(lambda end=end: W8A8(outlier_threshold=end), "outlier_threshold") for end in (0, -6, math.inf, "6", True)],
+        *[(lambda count=count: W8A8(embedding_groups=count), "embedding_groups") for count in (0, 1, 2.0, True)],
+        *[(lambda bound=bound: W8A8(harmful_error=bound), "harmful_error") for bound in (-0.1, math.nan, "0", True)],
+        (lambda: W8A8(outlier_threshold=6.0, embedding_groups=2), "embedding_groups"),
         (lambda: W8A16(rounding="gptq"), "rounding"),
         (lambda: ScaleSearch(num_candidates=0), "num_candidates"),
         *[(lambda end=end: ScaleSearch(smallest=end), "smallest") for end in (0, 1.5, math.nan, "1", True)],

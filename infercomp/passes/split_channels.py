@@ -1,0 +1,173 @@
+"""A linear becomes the sum of linears over parts of its input channels, each to be rounded by itself.
+
+    y = linear(x, w, b)    ->    y = linear(x * inliers, w * inliers, b) + linear(x[outliers], w[outliers])
+
+        LLM.int8() (Dettmers et al. 2022), for layers whose recipe has an ``outlier_threshold``: channels that reach it
+        in the calibration samples are outliers, and stay floats.
+
+    y = linear(x, w, b)    ->    p = x[order];  y = linear(p[0:g], w[order][0:g], b) + linear(p[g:2g], w[order][g:2g]) …
+
+        Per-embedding-group quantisation (PEG, Bondarenko et al. 2021), for those with ``embedding_groups``: channels
+        are sorted by their range, max - min, so that those of a part are alike; a part has a scale for each token.
+
+Parts are found once, so that a token's numbers do not depend on its neighbours. The pass is an identity; what parts
+are rounded to is decided here and done by ``quantize_linears``. It needs weights that the graph owns (``frozen``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from ..codegen.model_graph import Emitter, ModelGraph, aten, value_of
+from ..codegen.ops import linear
+from ..runtime.errors import ConfigError
+from .calibration import Calibration, largest_of_channels, observe, range_of_channels
+from .graph_pass import Decision, Pass, PassContext
+from .quantizable_linears import QuantizableLinears, parameters_of
+from .recipes import W8A8, LinearRecipe
+
+
+def run(model_graph: ModelGraph, context: PassContext) -> None:
+    recipe = context.config.recipe
+    if recipe is None or not any(_splits(each) for _, each in recipe.rules):
+        return
+    if not model_graph.frozen:
+        what = "splitting channels makes new weights, and those of torch.compile are the user's"
+        raise ConfigError(what, remedy="use LLM, or another recipe", field="quantization")
+    if context.calibration is None:
+        what = "finding outliers and groups of channels needs samples of text"
+        raise ConfigError(what, remedy="LLM(..., calibration=texts)", field="calibration")
+    splitter = _Splitter(model_graph, context, QuantizableLinears(model_graph, context, recipe))
+    splitter.split(context.calibration)
+    model_graph.eliminate_dead_code()
+
+
+def _splits(recipe: LinearRecipe | None) -> bool:
+    return isinstance(recipe, W8A8) and (recipe.outlier_threshold is not None or recipe.embedding_groups is not None)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Split:
+    """How the channels of one input are split, and the parts of it as nodes, once the first linear has asked."""
+
+    channels: tuple[torch.Tensor, ...]
+    parts: list[fx.Node]
+
+
+class _Splitter:
+    """Splits the linears of one graph; those that read the same input in the same way share its parts."""
+
+    def __init__(self, model_graph: ModelGraph, context: PassContext, linears: QuantizableLinears) -> None:
+        self._model_graph = model_graph
+        self._context = context
+        self._linears = linears
+        self._splits: dict[tuple[fx.Node, W8A8], _Split] = {}
+
+    def split(self, calibration: Calibration) -> None:
+        wanted = {node: recipe for node, recipe in self._linears.chosen.items() if _splits(recipe)}
+        layers: dict[fx.Node, str] = {}
+        for node in wanted:
+            layers.setdefault(node.args[0], self._linears.names[node][0][0])  # type: ignore[arg-type]
+        self._check_groups(wanted)
+        recipes = {(node.args[0], recipe) for node, recipe in wanted.items()}
+
+        def visit(source: fx.Node, values: Sequence[torch.Tensor]) -> None:
+            for other, recipe in recipes:
+                if other is source:
+                    self._splits[source, recipe] = _Split(tuple(_channels(values, recipe)), [])  # type: ignore[arg-type, index]
+
+        observe(self._model_graph, calibration, layers, visit)
+        for node, recipe in wanted.items():
+            self._split(node, recipe)  # type: ignore[arg-type]
+
+    def _check_groups(self, wanted: dict[fx.Node, LinearRecipe]) -> None:
+        for node, recipe in wanted.items():
+            num_channels, groups = value_of(node.args[0]).shape[-1], getattr(recipe, "embedding_groups", None)
+            if groups is not None and num_channels % groups:
+                name = self._linears.names[node][0][0]
+                what = f"embedding_groups {groups} does not divide the {num_channels} input channels of {name}"
+                raise ConfigError(what, remedy="choose another number of groups", field="embedding_groups")
+
+    def _split(self, node: fx.Node, recipe: W8A8) -> None:
+        split = self._splits[node.args[0], recipe]  # type: ignore[index]
+        if not all(len(part) for part in split.channels):
+            self._leave_whole(node, has_outliers=len(split.channels[0]) == 0)
+            return
+        site = self._context.claim(node)
+        if site is None:
+            return
+        weight, bias, is_transposed = parameters_of(node)
+        with self._model_graph.inserting_before(node) as emit:
+            if not split.parts:
+                split.parts.extend(self._input_parts(emit, node.args[0], split, recipe))  # type: ignore[arg-type]
+            total: fx.Node | None = None
+            for position, part in enumerate(split.parts):
+                own = self._weight_part(weight, is_transposed, split, position, recipe)
+                options = {"transposed": True} if is_transposed else {}
+                output = emit(linear, part, own, bias if position == 0 else None, **options)
+                total = output if total is None else emit(aten.add.Tensor, total, output)
+                self._decide(own, node, position, recipe)
+        assert total is not None
+        self._context.replace(site, node, total)
+
+    def _leave_whole(self, node: fx.Node, *, has_outliers: bool) -> None:
+        reason = "no input channel reaches the outlier_threshold in the calibration samples"
+        if has_outliers:
+            reason = "all its input channels are outliers, which stay floats"
+            names = tuple(self._linears.names[node][0])
+            self._context.decisions[parameters_of(node)[0].name] = Decision(None, reason, names)
+        self._context.near_miss(node, reason)
+
+    def _input_parts(self, emit: Emitter, source: fx.Node, split: _Split, recipe: W8A8) -> list[fx.Node]:
+        dim = value_of(source).dim() - 1
+        if recipe.outlier_threshold is not None:
+            inliers, outliers = split.channels
+            mask = torch.zeros(len(inliers) + len(outliers), dtype=value_of(source).dtype)
+            mask[inliers] = 1
+            masked = emit(aten.mul.Tensor, source, self._constant(f"{source.name}_inliers", mask))
+            return [
+                masked,
+                emit(aten.index_select.default, source, dim, self._constant(f"{source.name}_outliers", outliers)),
+            ]
+        order = self._constant(f"{source.name}_order", torch.cat(split.channels))
+        permuted, size = emit(aten.index_select.default, source, dim, order), len(split.channels[0])
+        starts = range(0, size * len(split.channels), size)
+        return [emit(aten.slice.Tensor, permuted, dim, start, start + size) for start in starts]
+
+    def _weight_part(self, weight: fx.Node, is_transposed: bool, split: _Split, position: int, recipe: W8A8) -> fx.Node:
+        tensor = self._model_graph.weights[weight.name].detach()
+        dim = 0 if is_transposed else 1
+        if recipe.outlier_threshold is not None and position == 0:
+            # As wide as it was, with zeros in place of the outliers: kernels want channels in whole vectors.
+            return self._constant(f"{weight.name}_inliers", tensor.index_fill(dim, split.channels[1], 0))
+        what = "outliers" if recipe.outlier_threshold is not None else f"group_{position}"
+        return self._constant(f"{weight.name}_{what}", tensor.index_select(dim, split.channels[position]))
+
+    def _decide(self, weight: fx.Node, node: fx.Node, position: int, recipe: W8A8) -> None:
+        plain = dataclasses.replace(recipe, smooth_alpha=None, outlier_threshold=None, embedding_groups=None)
+        stays = recipe.outlier_threshold is not None and position == 1
+        reason = "its input channels are outliers, which stay floats" if stays else "a part of a layer's channels"
+        names = tuple(self._linears.names[node][0])
+        self._context.decisions[weight.name] = Decision(None if stays else plain, reason, names)
+
+    def _constant(self, name: str, tensor: torch.Tensor) -> fx.Node:
+        with self._model_graph.fake_mode:
+            fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        return self._model_graph.add_placeholder(name, fake, weight=tensor)
+
+
+def _channels(values: Sequence[torch.Tensor], recipe: W8A8) -> list[torch.Tensor]:
+    """The channels of each part: those that are no outliers and those that are, or the groups."""
+    if recipe.outlier_threshold is not None:
+        is_outlier = largest_of_channels(values) >= recipe.outlier_threshold
+        return [(~is_outlier).nonzero()[:, 0], is_outlier.nonzero()[:, 0]]
+    assert recipe.embedding_groups is not None
+    order = range_of_channels(values).argsort(stable=True)
+    return list(order.chunk(recipe.embedding_groups))
+
+
+SPLIT_CHANNELS = Pass("split_channels", run, after=("smooth_activations",))
