@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from infercomp.config import Config as Config
     from infercomp.explain import explain as explain
     from infercomp.llm import LLM as LLM
-    from infercomp.passes.recipes import W4A8 as W4A8
-    from infercomp.passes.recipes import W4A16 as W4A16
-    from infercomp.passes.recipes import W8A8 as W8A8
-    from infercomp.passes.recipes import W8A16 as W8A16
+    from infercomp.passes.linear_recipes import W4A8 as W4A8
+    from infercomp.passes.linear_recipes import W4A16 as W4A16
+    from infercomp.passes.linear_recipes import W8A8 as W8A8
+    from infercomp.passes.linear_recipes import W8A16 as W8A16
+    from infercomp.passes.recipes import HAWQ as HAWQ
     from infercomp.passes.recipes import LayerRecipes as LayerRecipes
     from infercomp.passes.rounding import GPTQ as GPTQ
     from infercomp.passes.rounding import ScaleSearch as ScaleSearch
@@ -45,13 +46,14 @@ _MODULE_OF = {
     "Config": "infercomp.config",
     "explain": "infercomp.explain",
     "LLM": "infercomp.llm",
+    "HAWQ": "infercomp.passes.recipes",
     "LayerRecipes": "infercomp.passes.recipes",
     "GPTQ": "infercomp.passes.rounding",
     "ScaleSearch": "infercomp.passes.rounding",
-    "W4A8": "infercomp.passes.recipes",
-    "W4A16": "infercomp.passes.recipes",
-    "W8A8": "infercomp.passes.recipes",
-    "W8A16": "infercomp.passes.recipes",
+    "W4A8": "infercomp.passes.linear_recipes",
+    "W4A16": "infercomp.passes.linear_recipes",
+    "W8A8": "infercomp.passes.linear_recipes",
+    "W8A16": "infercomp.passes.linear_recipes",
     "CompletionOutput": "infercomp.runtime.request",
     "RequestOutput": "infercomp.runtime.request",
     "SamplingParams": "infercomp.runtime.request",

@@ -38,7 +38,7 @@ from .loading.compressed_tensors import (
 )
 from .loading.safetensors_file import StoredTensor, read_safetensors_header
 from .passes.config import PassConfig
-from .passes.recipes import Recipe
+from .passes.linear_recipes import Recipe
 from .report import Report
 from .runtime.config import describe
 from .runtime.errors import ConfigError, ModelLoadError, UnsupportedError

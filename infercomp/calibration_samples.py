@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .passes.calibration import Calibration
-from .passes.recipes import Recipe
+from .passes.linear_recipes import Recipe
 from .progress import work_progress
 from .runtime.config import describe
 from .runtime.errors import ConfigError
@@ -35,7 +35,7 @@ def calibration_for(
     of such; ``examples`` are inputs that the graph was captured with. Raises ConfigError for data of another form, of
     fewer than 128 tokens, with ids that the model does not have, that are missing or that no recipe asks for.
     """
-    is_needed = recipe is not None and any(each is not None and each.needs_calibration for _, each in recipe.rules)
+    is_needed = recipe is not None and recipe.needs_calibration
     if not is_needed:
         if data is not None:
             raise _error(

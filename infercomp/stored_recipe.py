@@ -11,7 +11,8 @@ import torch
 from .codegen.model_graph import ModelGraph, source_line
 from .config import Config
 from .loading.stored_linears import StoredLinear
-from .passes.recipes import RECIPE_KINDS, LayerRecipes, LinearRecipe
+from .passes.linear_recipes import LinearRecipe
+from .passes.recipes import RECIPE_KINDS, LayerRecipes
 from .passes.record import PassRecord
 from .runtime.errors import ConfigError, UnsupportedError
 

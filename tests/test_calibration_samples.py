@@ -11,7 +11,8 @@ from small_llm import byte_model, byte_tokenizer, make_llm
 
 from infercomp.calibration_samples import calibration_for
 from infercomp.passes.calibration import Calibration
-from infercomp.passes.recipes import W4A16, W8A8, LayerRecipes, Recipe
+from infercomp.passes.linear_recipes import W4A16, W8A8, Recipe
+from infercomp.passes.recipes import LayerRecipes
 from infercomp.runtime.errors import ConfigError
 
 SMOOTH = W8A8(smooth_alpha=0.5)

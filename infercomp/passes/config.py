@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from infercomp.runtime.config import LARGEST_COUNT, describe, require_int
 from infercomp.runtime.errors import ConfigError
 
-from .recipes import RECIPES, Recipe
+from .linear_recipes import Recipe
+from .recipes import RECIPES, recipe_from_json
 
 # A match is looked up by its text, so an index has one spelling only: no leading zeros.
 _DISABLE_ENTRY = re.compile(r"[a-z][a-z0-9_]*(#(0|[1-9][0-9]*))?")
@@ -24,7 +25,7 @@ def recipe_of(quantization: str | Recipe) -> Recipe:
     """The recipe that a name or JSON stands for. Raises ConfigError for text that is neither."""
     if isinstance(quantization, Recipe):
         return quantization
-    return RECIPES[quantization] if quantization in RECIPES else Recipe.from_json(quantization)
+    return RECIPES[quantization] if quantization in RECIPES else recipe_from_json(quantization)
 
 
 def _canonical(quantization: str | Recipe | None) -> str | None:
@@ -96,7 +97,7 @@ def _check_quantization(quantization: object) -> None:
         if quantization in RECIPES:
             return
         if quantization.lstrip().startswith("{"):
-            Recipe.from_json(quantization)
+            recipe_from_json(quantization)
             return
         begun = [name for name in RECIPES if name.startswith(quantization)]
         nearest = begun[0] if begun else nearest_name(quantization, RECIPES)

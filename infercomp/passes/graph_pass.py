@@ -12,7 +12,7 @@ from torch import fx
 from ..codegen.model_graph import ModelGraph, source_line
 from .calibration import Calibration
 from .config import PassConfig
-from .recipes import LinearRecipe
+from .linear_recipes import LinearRecipe
 from .record import NearMiss, Site
 
 InputAdapter = Callable[[Mapping[str, Any]], dict[str, Any]]

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..codegen.model_graph import ModelGraph
 from ..runtime.errors import PassError
+from .allocate_bits import ALLOCATE_BITS
 from .calibration import Calibration
 from .config import PassConfig, check_pass_names
 from .fold_constants import FOLD_CONSTANTS
@@ -54,6 +55,7 @@ PIPELINE: tuple[Pass, ...] = (
     SMOOTH_ACTIVATIONS,
     SPLIT_CHANNELS,
     WIDEN_ACTIVATIONS,
+    ALLOCATE_BITS,
     ROUND_WEIGHTS,
     MERGE_LINEARS,
     PAGE_ATTENTION,

@@ -11,8 +11,8 @@ from torch import fx
 from ..codegen.model_graph import ModelGraph, aten, value_of
 from ..codegen.ops import linear, merge_weights
 from .graph_pass import Decision, PassContext, is_float_tensor
+from .linear_recipes import LinearRecipe, Recipe
 from .recipe_layers import Names, check_group, check_patterns, layer_names, recipe_for
-from .recipes import LinearRecipe, Recipe
 
 
 class QuantizableLinears:

@@ -42,8 +42,8 @@ from ..codegen.ops import (
     quantize_weight_int8,
 )
 from .graph_pass import LOSSY, Pass, PassContext
+from .linear_recipes import W8A8, W8A16, LinearRecipe
 from .quantizable_linears import QuantizableLinears, parameters_of, sources_of
-from .recipes import W8A8, W8A16, LinearRecipe
 
 _LINEARS = {(8, 8): int8_linear, (8, 16): int8_weight_linear, (4, 8): int4_linear, (4, 16): int4_weight_linear}
 # Rounding makes several float32 copies of what it is given: so many elements at a time.

@@ -10,7 +10,7 @@ from ..codegen.model_graph import ModelGraph, source_line, value_of
 from ..runtime.errors import ConfigError
 from .config import nearest_name
 from .graph_pass import PassContext
-from .recipes import LinearRecipe, Recipe, fits
+from .linear_recipes import LinearRecipe, Recipe, fits
 
 Names = Sequence[Sequence[str]]
 """For each weight that is merged into a linear's, the layer's name in the model, and others for the same memory."""

@@ -22,15 +22,15 @@ from ..runtime.errors import ConfigError
 from .calibration import Calibration, observe, second_moment
 from .gptq import gptq_codes
 from .graph_pass import LOSSY, Pass, PassContext
+from .linear_recipes import LinearRecipe
 from .quantizable_linears import QuantizableLinears, parameters_of
-from .recipes import LinearRecipe
 from .rounding import GPTQ, ScaleSearch
 from .weight_grids import fitted_grid, nearest_codes
 
 
 def run(model_graph: ModelGraph, context: PassContext) -> None:
     recipe = context.config.recipe
-    if recipe is None or all(each is None or each.rounding is None for _, each in recipe.rules):
+    if recipe is None or not recipe.has_rounding:
         return
     if not model_graph.frozen:
         what = "rounding changes weights, and those of torch.compile are the user's"
@@ -102,4 +102,6 @@ def _rounded(
     return grid.stored(codes), scale * (codes - zero)
 
 
-ROUND_WEIGHTS = Pass("round_weights", run, LOSSY, after=("smooth_activations", "split_channels", "widen_activations"))
+ROUND_WEIGHTS = Pass(
+    "round_weights", run, LOSSY, after=("smooth_activations", "split_channels", "widen_activations", "allocate_bits")
+)

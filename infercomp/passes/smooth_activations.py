@@ -26,8 +26,8 @@ from ..codegen.ops import attention, gated_activation, layer_norm, linear, rms_n
 from ..runtime.errors import ConfigError
 from .calibration import Calibration, largest_of_channels, observe, power_mean_of_channels
 from .graph_pass import Pass, PassContext
+from .linear_recipes import Recipe, Smoothing
 from .recipe_layers import check_patterns, layer_names, recipe_for
-from .recipes import Recipe, Smoothing
 from .smoothing_scales import SEARCHED_ALPHAS, errors_of_rounding, smoothing_scales
 
 _HEADS_BEHIND_TOKENS = [0, 2, 1, 3]

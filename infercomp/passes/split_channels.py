@@ -27,8 +27,8 @@ from ..codegen.ops import linear
 from ..runtime.errors import ConfigError
 from .calibration import Calibration, largest_of_channels, observe, range_of_channels
 from .graph_pass import Decision, Pass, PassContext
+from .linear_recipes import W8A8, LinearRecipe
 from .quantizable_linears import QuantizableLinears, parameters_of
-from .recipes import W8A8, LinearRecipe
 
 
 def run(model_graph: ModelGraph, context: PassContext) -> None:

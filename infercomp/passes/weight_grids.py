@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ..codegen.ops.quantized import PARTS_OF_A_STEP, SMALLEST_MAXIMUM, packed_nibbles
-from .recipes import LinearRecipe
+from .linear_recipes import LinearRecipe
 
 # Every candidate takes several passes over a part of the weight, which should stay in a processor's cache.
 _CHUNK_ELEMENTS = 1 << 17

@@ -19,8 +19,8 @@ from ..codegen.model_graph import ModelGraph
 from ..runtime.errors import ConfigError
 from .calibration import Calibration, observe, some_tokens
 from .graph_pass import Decision, Pass, PassContext
+from .linear_recipes import W8A8, W8A16, LinearRecipe
 from .quantizable_linears import QuantizableLinears, parameters_of
-from .recipes import W8A8, W8A16, LinearRecipe
 from .smoothing_scales import on_8_bits
 
 _NUM_TOKENS = 512

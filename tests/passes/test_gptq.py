@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from infercomp.codegen.ops import int4_weight_linear, int8_weight_linear
 from infercomp.passes import gptq
 from infercomp.passes.gptq import gptq_codes
-from infercomp.passes.recipes import W4A16, W8A16, LinearRecipe
+from infercomp.passes.linear_recipes import W4A16, W8A16, LinearRecipe
 from infercomp.passes.rounding import GPTQ
 from infercomp.passes.weight_grids import WeightGrid, fitted_grid, nearest_codes
 from infercomp.runtime.errors import NumericalError

@@ -33,8 +33,9 @@ from infercomp.codegen.ops import (
 from infercomp.demo_model import demo_model_path
 from infercomp.loading.loader import load
 from infercomp.passes.config import PassConfig
+from infercomp.passes.linear_recipes import W4A8, W4A16, W8A8, W8A16, Recipe
 from infercomp.passes.pipeline import PIPELINE, run_pipeline
-from infercomp.passes.recipes import RECIPES, W4A8, W4A16, W8A8, W8A16, LayerRecipes, Recipe
+from infercomp.passes.recipes import RECIPES, LayerRecipes
 from infercomp.passes.record import PassRecord
 from infercomp.runtime.errors import ConfigError
 

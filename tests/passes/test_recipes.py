@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 import infercomp
 from infercomp.config import Config, parse_options
 from infercomp.passes.config import PassConfig
-from infercomp.passes.recipes import RECIPES, W4A8, W4A16, W8A8, W8A16, LayerRecipes, Recipe, fits
+from infercomp.passes.linear_recipes import W4A8, W4A16, W8A8, W8A16, Recipe, fits
+from infercomp.passes.recipes import HAWQ, RECIPES, LayerRecipes, recipe_from_json
 from infercomp.passes.rounding import GPTQ, ScaleSearch
 from infercomp.runtime.errors import ConfigError
 
@@ -40,13 +41,17 @@ linear_recipes = st.one_of(
     st.builds(W4A16, groups, st.booleans(), roundings),
 )
 rules = st.tuples(st.text(min_size=1), st.none() | linear_recipes)
-recipes = linear_recipes | st.builds(LayerRecipes, st.lists(rules, min_size=1, max_size=4).map(tuple))
+weight_only = st.builds(W8A16, rounding=roundings) | st.builds(W4A16, groups, st.booleans())
+choices = st.lists(weight_only, min_size=2, max_size=3).map(tuple)
+kinds = st.sampled_from(("trace", "eigenvalue"))
+hawqs = st.builds(HAWQ, st.floats(1, 9), choices, kinds, sizes, sizes, st.integers(2, 99))
+recipes = linear_recipes | hawqs | st.builds(LayerRecipes, st.lists(rules, min_size=1, max_size=4).map(tuple))
 
 
 @given(recipes)
 def test_json_and_back(recipe: Recipe) -> None:
     text = recipe.to_json()
-    assert Recipe.from_json(text) == recipe
+    assert recipe_from_json(text) == recipe
     config = parse_options({}, {"INFERCOMP_QUANTIZATION": text})
     assert config.passes.recipe == recipe
     assert config.fingerprint() == Config(passes=PassConfig(quantization=recipe)).fingerprint()
@@ -60,7 +65,7 @@ def test_different_recipes_have_different_json_and_fingerprints(one: Recipe, oth
 
 
 def test_json_may_leave_out_what_has_a_default() -> None:
-    assert Recipe.from_json('{"recipe": "w4a16", "group_size": 64}') == W4A16(64, False)
+    assert recipe_from_json('{"recipe": "w4a16", "group_size": 64}') == W4A16(64, False)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -70,6 +75,8 @@ def test_a_name_is_short_for_a_recipe(name: str) -> None:
     methods = {
         "w8a8-smoothquant": W8A8(smooth_alpha=0.5),
         "w8a8-smoothquant-search": W8A8(smooth_alpha="search"),
+        "hawq": HAWQ(6.0, (W8A16(), W4A16(64, True)), "trace"),
+        "qbert": HAWQ(6.0, (W8A8(), W4A8(64, True)), "eigenvalue"),
         "llm-int8": W8A8(outlier_threshold=6.0),
         "peg": W8A8(embedding_groups=6),
         "w8a16-search": W8A16(rounding=ScaleSearch(64, 0.75)),
@@ -90,7 +97,7 @@ def test_a_name_is_short_for_a_recipe(name: str) -> None:
 def test_the_package_has_every_recipe() -> None:
     assert (infercomp.W8A8, infercomp.W8A16, infercomp.LayerRecipes) == (W8A8, W8A16, LayerRecipes)
     assert (infercomp.W4A8, infercomp.W4A16) == (W4A8, W4A16)
-    assert (infercomp.GPTQ, infercomp.ScaleSearch) == (GPTQ, ScaleSearch)
+    assert (infercomp.GPTQ, infercomp.ScaleSearch, infercomp.HAWQ) == (GPTQ, ScaleSearch, HAWQ)
 
 
 @pytest.mark.parametrize("made", [W4A8, W4A16])
@@ -124,6 +131,15 @@ def test_a_group_that_no_kernel_takes_is_refused(made: Any, group_size: Any) -> 
         (lambda: GPTQ(act_order=1), "act_order"),
         (lambda: GPTQ(true_sequential=None), "true_sequential"),
         (lambda: GPTQ(smallest=2), "smallest"),
+        (lambda: HAWQ(bits_per_weight=0), "bits_per_weight"),
+        (lambda: HAWQ(choices=(W8A8(),)), "choices"),
+        (lambda: HAWQ(choices=[W8A8(), W8A16()]), "choices"),
+        (lambda: HAWQ(choices=(W8A8(), "w8a16")), "choices"),
+        (lambda: HAWQ(choices=(W8A8(smooth_alpha=0.5), W8A16())), "choices"),
+        (lambda: HAWQ(sensitivity="norm"), "sensitivity"),
+        (lambda: HAWQ(num_probes=0), "num_probes"),
+        (lambda: HAWQ(num_samples=True), "num_samples"),
+        (lambda: HAWQ(num_tokens=1), "num_tokens"),
         (lambda: LayerRecipes(()), "layers"),
         (lambda: LayerRecipes([("*", W8A8())]), "layers"),
         (lambda: LayerRecipes((("*", "w8a8"),)), "layers"),
@@ -151,6 +167,9 @@ def test_a_field_out_of_range_is_named(make: Any, field: str) -> None:
         ({"recipe": "w8a16", "rounding": {"rounding": "gptq", "dump": 1}}, "dump"),
         ({"recipe": "w8a16", "rounding": {"rounding": "gptq", "damp": 0}}, "damp"),
         ({"recipe": "layers"}, "layers"),
+        ({"recipe": "hawq", "bits": 4}, "bits"),
+        ({"recipe": "hawq", "choices": "w8a8"}, "choices"),
+        ({"recipe": "hawq", "choices": [{"recipe": "w5a5"}, {"recipe": "w8a8"}]}, "recipe"),
         ({"recipe": "layers", "layers": [["*"]]}, "layers"),
         ({"recipe": "layers", "layers": [[1, None]]}, "layers"),
         ({"recipe": "layers", "layers": [], "bits": 1}, "bits"),

@@ -17,9 +17,10 @@ from infercomp.codegen.ops import linear
 from infercomp.passes import weight_grids
 from infercomp.passes.calibration import Calibration
 from infercomp.passes.config import PassConfig
+from infercomp.passes.linear_recipes import W4A16, W8A8, W8A16, Recipe
 from infercomp.passes.pipeline import PIPELINE, run_pipeline
 from infercomp.passes.quantizable_linears import parameters_of
-from infercomp.passes.recipes import W4A16, W8A8, W8A16, LayerRecipes, Recipe
+from infercomp.passes.recipes import LayerRecipes
 from infercomp.passes.record import PassRecord
 from infercomp.passes.round_weights import ROUND_WEIGHTS
 from infercomp.passes.rounding import GPTQ, ScaleSearch

@@ -19,8 +19,9 @@ from infercomp.codegen.ops import linear
 from infercomp.passes import smooth_activations
 from infercomp.passes.calibration import Calibration, largest_of_channels, observe, some_tokens
 from infercomp.passes.config import PassConfig
+from infercomp.passes.linear_recipes import W8A8, W8A16, Recipe
 from infercomp.passes.pipeline import PIPELINE, run_pipeline
-from infercomp.passes.recipes import W8A8, W8A16, LayerRecipes, Recipe
+from infercomp.passes.recipes import LayerRecipes
 from infercomp.passes.record import PassRecord
 from infercomp.passes.smooth_activations import SMOOTH_ACTIVATIONS
 from infercomp.passes.smoothing_scales import smoothing_scales

@@ -18,8 +18,9 @@ from infercomp.codegen.ops import linear
 from infercomp.passes import split_channels
 from infercomp.passes.calibration import Calibration, largest_of_channels, observe
 from infercomp.passes.config import PassConfig
+from infercomp.passes.linear_recipes import W8A8, W8A16, Recipe
 from infercomp.passes.pipeline import PIPELINE, run_pipeline
-from infercomp.passes.recipes import W8A8, W8A16, LayerRecipes, Recipe
+from infercomp.passes.recipes import LayerRecipes
 from infercomp.passes.record import PassRecord
 from infercomp.passes.rounding import GPTQ
 from infercomp.passes.split_channels import SPLIT_CHANNELS

@@ -16,8 +16,9 @@ from infercomp.codegen.model_graph import ModelGraph
 from infercomp.codegen.ops import linear
 from infercomp.passes.calibration import Calibration
 from infercomp.passes.config import PassConfig
+from infercomp.passes.linear_recipes import W8A8, Recipe
 from infercomp.passes.pipeline import PIPELINE, run_pipeline
-from infercomp.passes.recipes import W8A8, LayerRecipes, Recipe
+from infercomp.passes.recipes import LayerRecipes
 from infercomp.passes.record import PassRecord
 from infercomp.passes.widen_activations import WIDEN_ACTIVATIONS
 from infercomp.runtime.errors import ConfigError
