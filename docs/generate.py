@@ -1,14 +1,16 @@
-"""Writes ``docs/passes.md`` from the docstrings of the passes, the pipeline tuple and the small model families.
+"""Writes ``docs/passes.md`` from the docstrings of the passes, the pipeline tuple and the small model families, and the
+measured table of ``docs/quantization.md`` from ``benchmarks/results/quantization.json``.
 
-python docs/generate.py               the passes; the table of families is kept as it is
+python docs/generate.py               both; the table of families is kept as it is
 python docs/generate.py --families    the table too: compiles every family, takes minutes
-python docs/generate.py --check       only says whether the part about the passes is up to date
+python docs/generate.py --check       only says whether the other parts are up to date
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -21,6 +23,9 @@ from infercomp.passes.pipeline import PIPELINE
 
 DOCS = Path(__file__).resolve().parent
 TARGET = DOCS / "passes.md"
+QUANTIZATION = DOCS / "quantization.md"
+MEASURED = DOCS.parent / "benchmarks" / "results" / "quantization.json"
+MEASURED_HEADING = "## Measured\n"
 FAMILIES_FILE = DOCS.parent / "tests" / "families.py"
 FAMILIES_HEADING = "## Families\n"
 
@@ -125,6 +130,39 @@ def split(text: str) -> tuple[str, str]:
     return passes, heading + families
 
 
+def measured_part() -> str:
+    """The table of what was measured, a line a recipe."""
+    rows = json.loads(MEASURED.read_text())["models"]
+    lines = [MEASURED_HEADING]
+    lines.append(
+        "| recipe | bits | linears, MB | all, MB | mean KL | p99 KL | top-1 | perplexity | seconds | peak, MiB |"
+    )
+    lines.append("|---|" + "--:|" * 9)
+    for name, row in sorted(rows.items(), key=lambda item: -item[1]["size"]["bits_per_weight"]):
+        lines.append(f"| `{name}` | " + " | ".join(_measured_cells(row)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _measured_cells(row: dict[str, Any]) -> Iterator[str]:
+    quality, size, cost = row["quality"], row["size"], row["quantization"]
+    yield f"{size['bits_per_weight']:.2f}"
+    yield from (f"{size[name] / 1e6:.1f}" for name in ("linear_bytes", "model_bytes"))
+    yield from (f"{quality[name]:.4f}" for name in ("mean_nats", "p99_nats"))
+    yield f"{quality['top_1']:.1%}"
+    yield f"{quality['perplexity']:.2f}"
+    yield from (f"{cost[name]:.0f}" for name in ("seconds", "peak_memory_mib")) if cost else ("", "")
+
+
+def with_measured(text: str) -> str:
+    """The document with the table as it is now; it is the last part."""
+    return text.partition(MEASURED_HEADING)[0] + measured_part()
+
+
+def is_measured_current() -> bool:
+    text = QUANTIZATION.read_text()
+    return text == with_measured(text)
+
+
 def is_current() -> bool:
     return TARGET.exists() and split(TARGET.read_text())[0] == passes_part()
 
@@ -135,12 +173,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--families", action="store_true", help="compile every family and write their table anew")
     chosen = parser.parse_args(arguments)
     if chosen.check:
-        if not is_current():
-            print(f"{TARGET.name} is out of date: run python docs/generate.py", file=sys.stderr)
-            return 1
-        return 0
+        stale = [TARGET] * (not is_current()) + [QUANTIZATION] * (not is_measured_current())
+        for each in stale:
+            print(f"{each.name} is out of date: run python docs/generate.py", file=sys.stderr)
+        return int(bool(stale))
     kept = split(TARGET.read_text())[1] if TARGET.exists() else ""
     TARGET.write_text(passes_part() + (families_part() if chosen.families else kept))
+    QUANTIZATION.write_text(with_measured(QUANTIZATION.read_text()))
     return 0
 
 

@@ -43,7 +43,7 @@ from .report import Report
 from .runtime.config import describe
 from .runtime.errors import ConfigError, ModelLoadError, UnsupportedError
 from .runtime.kv_pools import TILED_TOKENS, KvCacheSpec
-from .served_model import ServedForm, ServedModel
+from .served_model import ServedForm, ServedLinear, ServedModel
 
 MANIFEST, WEIGHTS, MODEL_CONFIG = "infercomp.json", "model.safetensors", "config.json"
 FORMAT = 1
@@ -72,6 +72,7 @@ class Manifest:
     position_limit: int | None
     eos_token_ids: tuple[int, ...]
     cache_specs: tuple[KvCacheSpec, ...]
+    linears: tuple[ServedLinear, ...]
     tensors: dict[str, StoredAs]
     report: Report
     program: ProgramData
@@ -135,6 +136,7 @@ def load_artifact(source: str | os.PathLike[str], config: Config) -> tuple[Serve
         frozenset(manifest.eos_token_ids),
         {name: stored_as.tensor for name, stored_as in manifest.tensors.items()},
         json.loads(path.read_text()) if (path := folder / MODEL_CONFIG).is_file() else None,
+        manifest.linears,
     )
     return form, StoredWeights(stored, dict(manifest.tensors), form.device)
 
@@ -185,6 +187,7 @@ def _write(served: ServedModel, tokenizer: Any, folder: Path) -> None:
         form.position_limit,
         tuple(sorted(form.eos_token_ids)),
         form.cache_specs,
+        form.linears,
         names,
         form.report,
         program_data(form.program, form.config.codegen),

@@ -1,4 +1,4 @@
-"""The command line: ``infercomp generate``, ``explain``, ``dump``, ``build``, ``save``, ``bench`` and ``demo``.
+"""The command line: ``infercomp generate``, ``explain``, ``save``, ``quantize``, ``compare``, ``bench`` and others.
 
 torch is imported inside of the commands, after their options were checked: ``--help`` and a mistake
 in an option cost no seconds. An `InfercompError` is shown as a panel and ends with exit code 2.
@@ -17,7 +17,11 @@ from rich.console import Console
 
 from infercomp.bench.command import EPILOG as BENCH_EPILOG
 from infercomp.bench.command import bench
+from infercomp.compare_command import EPILOG as COMPARE_EPILOG
+from infercomp.compare_command import compare
 from infercomp.dump_command import dump_kernels
+from infercomp.quantize_command import EPILOG as QUANTIZE_EPILOG
+from infercomp.quantize_command import quantize
 from infercomp.runtime.errors import InfercompError
 from infercomp.runtime.request import SamplingParams
 from infercomp.save_command import EPILOG as SAVE_EPILOG
@@ -235,6 +239,8 @@ def demo(debug: DebugOption = False) -> None:
 app.command("dump", epilog="[bold]Example[/]\n\ninfercomp dump demo -o stages")(dump_kernels)
 app.command(epilog=BENCH_EPILOG)(bench)
 app.command(epilog=SAVE_EPILOG)(save)
+app.command(epilog=QUANTIZE_EPILOG)(quantize)
+app.command(epilog=COMPARE_EPILOG)(compare)
 
 
 def _load_llm(model: str, dtype: DtypeName | None, options: Mapping[str, Any]) -> LLM:

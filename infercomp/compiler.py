@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -67,6 +67,7 @@ def rewrite_graph(
     *,
     serving: bool = False,
     calibration: Calibration | None = None,
+    evaluation: Sequence[Mapping[str, Any]] = (),
 ) -> Rewritten:
     """Run the pipeline on ``model_graph`` (in place); dumps every stage if ``config.dump`` is set."""
     dump = open_dump(config.dump) if config.dump else None
@@ -78,6 +79,7 @@ def rewrite_graph(
         serving=serving,
         example_inputs=example_inputs,
         calibration=calibration,
+        evaluation=evaluation,
         on_change=dump.write_graph if dump else None,
     )
     return Rewritten(model_graph, records, dump)

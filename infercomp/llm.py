@@ -35,7 +35,8 @@ class LLM:
     ``model`` is a folder (of a checkpoint, or what ``save`` wrote), a ``.gguf`` file, a hub id, or a module
     whose forward takes ``input_ids`` and returns logits [1, tokens, vocabulary]; it is put in eval mode, and
     merged weights stay shared with it. ``tokenizer`` is a Hugging Face tokenizer; without one, prompts are
-    token ids. ``calibration`` is text for recipes that need some (``calibration_samples.calibration_for``).
+    token ids. ``calibration`` is text for recipes that need some (``calibration_samples.calibration_for``), and
+    ``evaluation`` text on which the error of each quantised layer is measured for ``report.layer_errors``.
     ``options`` are those of ``infercomp.config.parse_options`` (``num_blocks``, ``max_num_seqs``, ``disable``,
     ``dump`` …); of a saved model, those that compiling depends on are fixed.
 
@@ -50,15 +51,16 @@ class LLM:
         *,
         dtype: torch.dtype | None = None,
         calibration: Any = None,
+        evaluation: Any = None,
         **options: Any,
     ) -> None:
         config = parse_options(options)
         if is_artifact(model):
-            _require_only_options(dtype, calibration)
+            _require_only_options(dtype, calibration=calibration, evaluation=evaluation)
             form, weights = load_artifact(model, config)  # type: ignore[arg-type]
             tokenizer = tokenizer or load_saved_tokenizer(Path(model).expanduser())  # type: ignore[arg-type]
         else:
-            form, weights, tokenizer = _compiled(model, tokenizer, dtype, config, calibration)
+            form, weights, tokenizer = _compiled(model, tokenizer, dtype, config, calibration, evaluation)
             # Weights are packed one after the other, and what nobody else holds goes as it is packed. Capturing
             # leaves cycles behind that hold the module.
             del model
@@ -282,6 +284,7 @@ def _compiled(
     dtype: torch.dtype | None,
     config: Config,
     calibration: Any,
+    evaluation: Any,
 ) -> tuple[ServedForm, dict[str, torch.Tensor], Any]:
     """The model compiled: its served form, its weights and its tokenizer."""
     # A saved model needs none of the compiler.
@@ -302,17 +305,21 @@ def _compiled(
         config = with_stored_recipe(config, linears, module)
     _max_model_len(position_limit(module), config)
     prefetch_kernels(module.eval(), config)
-    return *compile_for_serving(module, tokenizer, config, linears, calibration), tokenizer
+    if linears and evaluation is not None:
+        what = "weights that come in integers have no floats to measure errors of layers against"
+        raise ConfigError(what, field="evaluation", remedy="leave it out, or load the unquantised checkpoint")
+    return *compile_for_serving(module, tokenizer, config, linears, calibration, evaluation), tokenizer
 
 
-def _require_only_options(dtype: torch.dtype | None, calibration: Any) -> None:
+def _require_only_options(dtype: torch.dtype | None, **texts: Any) -> None:
     """A saved model is what it is."""
     if dtype is not None:
         remedy = "leave it out, or load the original model with this dtype"
         raise ConfigError("a saved model has the dtype that it was saved with", field="dtype", remedy=remedy)
-    if calibration is not None:
-        remedy = "leave it out, or load the original model with it"
-        raise ConfigError("a saved model needs no calibration", field="calibration", remedy=remedy)
+    for name, text in texts.items():
+        if text is not None:
+            remedy = "leave it out, or load the original model with it"
+            raise ConfigError(f"a saved model needs no {name}", field=name, remedy=remedy)
 
 
 def _max_model_len(limit: int | None, config: Config) -> int:

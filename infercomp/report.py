@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, TypeVar
 
 from .passes.record import NearMiss, PassRecord, Site
 from .runtime.program import KernelUse, OpExecution, TakenApart
+
+_NUM_WORST_LAYERS = 5
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,11 @@ class Report:
     def ops(self) -> dict[str, str]:
         """For instance ``{"infercomp.attention": "definition", "aten.embedding": "aten"}``."""
         return {execution.op: execution.how for execution in self.executions}
+
+    @property
+    def layer_errors(self) -> dict[str, float]:
+        """The relative error of each quantised layer's output, by its name; empty unless it was measured."""
+        return {each.layer: each.relative_error for record in self.passes for each in record.layer_errors}
 
     def matches_of(self, pass_name: str) -> int:
         return sum(record.matches for record in self.passes if record.name == pass_name)
@@ -102,6 +110,7 @@ def _merged_record(records: list[PassRecord]) -> PassRecord:
         near_misses=misses,
         milliseconds=sum(record.milliseconds for record in records),
         max_error=max(errors) if errors else None,
+        layer_errors=sum((record.layer_errors for record in records), ()),
     )
 
 
@@ -115,6 +124,7 @@ def print_report(report: Report, console: Any) -> None:
         milliseconds = f"{record.milliseconds:.0f}"
         passes.add_row(record.name, record.numeric_class, *map(str, counts), milliseconds, error)
     console.print(passes)
+    print_layer_errors(report.layer_errors, console)
     _print_near_misses(report, console)
     ops = _table("ops", "op", "executed as", "calls")
     for execution in report.executions:
@@ -123,6 +133,18 @@ def print_report(report: Report, console: Any) -> None:
     print_kernels(report, console)
     for fallback in report.fallbacks:
         console.print(f"fallback: {fallback}")
+
+
+def print_layer_errors(errors: Mapping[str, float], console: Any) -> None:
+    """The quantised layers whose outputs err most, and the median of all; nothing where none was measured."""
+    if not errors:
+        return
+    table = _table("relative errors of outputs", "layer", "", "error")
+    ranked = sorted(errors.items(), key=lambda item: item[1], reverse=True)
+    for layer, error in ranked[:_NUM_WORST_LAYERS]:
+        table.add_row(layer, "", f"{error:.2%}")
+    table.add_row(f"median of {len(errors)} layers", "", f"{statistics.median(errors.values()):.2%}")
+    console.print(table)
 
 
 def _table(title: str, *headings: str) -> Any:

@@ -19,12 +19,23 @@ from .runtime.triton_step import TritonStep
 
 
 @dataclass(frozen=True)
+class ServedLinear:
+    """A linear of the model: how many weights it has, and its codes, scales and zeros, or floats, by name."""
+
+    name: str
+    num_weights: int
+    tensors: tuple[str, ...]
+    is_head: bool
+
+
+@dataclass(frozen=True)
 class ServedForm:
     """All that a compiled model is served by, but its weights.
 
     ``config`` is what it was compiled with; ``position_limit`` the most positions, None where nothing limits
     them; ``tensor_names`` maps the program's weights to the names of the model's own tensors, where they are
-    such; ``model_config`` is the model's own, None where its tensors are not what other tools would load by it.
+    such; ``model_config`` is the model's own, None where its tensors are not what other tools would load by it;
+    ``linears`` are the model's, with the names of their tensors in the program.
     """
 
     program: Program
@@ -37,6 +48,7 @@ class ServedForm:
     eos_token_ids: frozenset[int]
     tensor_names: Mapping[str, str]
     model_config: Mapping[str, Any] | None
+    linears: tuple[ServedLinear, ...]
 
 
 class ServedModel:

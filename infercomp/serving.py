@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .calibration_samples import calibration_for
+from .calibration_samples import calibration_for, evaluation_for
 from .capture import capture_export
 from .codegen.model_graph import ModelGraph, value_of
 from .compiler import lower_graph, rewrite_graph
@@ -17,6 +17,7 @@ from .config import Config
 from .loading.compressed_tensors import SCALE
 from .loading.stored_linears import StoredLinear
 from .runtime.kv_pools import KvCacheSpec
+from .served_linears import linears_of
 from .served_model import ServedForm
 from .stored_recipe import require_all_found, require_all_taken
 
@@ -92,11 +93,12 @@ def compile_for_serving(
     config: Config,
     linears: Mapping[str, StoredLinear] | None = None,
     calibration: Any = None,
+    evaluation: Any = None,
 ) -> tuple[ServedForm, dict[str, torch.Tensor]]:
     """The served form of ``model``, and its weights by their names in the program.
 
-    ``linears`` are those whose weights come in integers, ``calibration`` is what ``calibration_for`` takes. Raises
-    UnsupportedError for a linear in integers that no kernel takes.
+    ``linears`` are those whose weights come in integers, ``calibration`` is what ``calibration_for`` takes, and
+    ``evaluation`` what ``evaluation_for`` does. Raises UnsupportedError for a linear in integers that no kernel takes.
     """
     limit = position_limit(model)
     captured, examples = capture_for_serving(model, limit)
@@ -105,15 +107,10 @@ def compile_for_serving(
         sources = captured.weight_sources
         captured.stored_integers |= {n: readers[source] for n, source in sources.items() if source in readers}
         require_all_found(linears, {source.removeprefix("model.") for source in sources.values()})
-    samples = calibration_for(
-        config.passes.recipe,
-        calibration,
-        tokenizer,
-        examples,
-        vocab_size=getattr(getattr(model, "config", None), "vocab_size", None),
-        max_positions=limit,
-    )
-    rewritten = rewrite_graph(captured, config, examples, serving=True, calibration=samples)
+    sizes = {"vocab_size": getattr(getattr(model, "config", None), "vocab_size", None), "max_positions": limit}
+    samples = calibration_for(config.passes.recipe, calibration, tokenizer, examples, **sizes)
+    evaluated = evaluation_for(evaluation, tokenizer, examples, **sizes)
+    rewritten = rewrite_graph(captured, config, examples, serving=True, calibration=samples, evaluation=evaluated)
     if linears:
         require_all_taken(captured, rewritten.records)
     compiled = lower_graph(rewritten, config)
@@ -132,6 +129,7 @@ def compile_for_serving(
         end_of_sequence_ids(model, tokenizer),
         names,
         None if has_factors else _checkpoint_config(model, names.values()),
+        linears_of(captured),
     )
     return form, captured.weights
 

@@ -120,11 +120,21 @@ def show_error(error: InfercompError) -> None:
     Console(stderr=True).print(panel)
 
 
-def write_atomically(path: str, text: str) -> None:
+def require_writable(path: str | None) -> None:
+    """Raise ConfigError for a file that could not be written in the end; None is none."""
+    if path is None:
+        return
+    folder = Path(path).resolve().parent
+    if Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        remedy = "name a file in a folder that exists and can be written to"
+        raise ConfigError("the file cannot be written", where=path, remedy=remedy)
+
+
+def write_atomically(path: str, content: str | bytes) -> None:
     """A file that is either as it was or whole."""
     temporary = f"{path}.part"
     try:
-        Path(temporary).write_text(text)
+        Path(temporary).write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(temporary, path)
     except OSError as error:
         raise ConfigError(

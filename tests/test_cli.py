@@ -192,7 +192,7 @@ def test_demo_fails_on_a_wrong_answer(tiny_model: str, monkeypatch: pytest.Monke
     assert "does not contain 'Paris'" in err
 
 
-@pytest.mark.parametrize("command", ["generate", "explain", "bench", "demo"])
+@pytest.mark.parametrize("command", ["generate", "explain", "save", "quantize", "compare", "bench", "demo"])
 def test_help_has_an_example(command: str) -> None:
     out, _ = run(command, "--help")
     assert "Example" in out

@@ -44,6 +44,18 @@ def test_a_changed_docstring_is_noticed(
     assert generate.main(["--check"]) == 0
 
 
+def test_a_changed_figure_is_noticed(
+    generate: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "quantization.md"
+    target.write_text(generate.QUANTIZATION.read_text().replace("| `w8a16` | 8.", "| `w8a16` | 7."))
+    monkeypatch.setattr(generate, "QUANTIZATION", target)
+    assert generate.main(["--check"]) == 1
+    assert "quantization.md is out of date" in capsys.readouterr().err
+    assert generate.main([]) == 0
+    assert target.read_text() == (REPOSITORY / "docs" / "quantization.md").read_text()
+
+
 def test_the_table_of_families_is_kept_and_has_every_pass(generate: ModuleType) -> None:
     _, families = generate.split(generate.TARGET.read_text())
     (header,) = (line for line in families.splitlines() if line.startswith("| family |"))

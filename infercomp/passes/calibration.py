@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..codegen.model_graph import ModelGraph, source_line
+from ..codegen.model_graph import ModelGraph, mutates, source_line
 from ..runtime.errors import ConfigError, NumericalError
 
-Visit = Callable[[Sequence[torch.Tensor]], None]
+Visit = Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor] | None]
 Progress = Callable[[int], AbstractContextManager[Callable[[str], None]]]
 
 
@@ -44,9 +44,9 @@ def stream(model_graph: ModelGraph, samples: Sequence[Mapping[str, Any]], visits
     """Compute what ``visits`` asks for, and no more: each is called once, with its node's value for every sample.
 
     Calls are made in the graph's order and in its own dtypes; a value goes with its last reader. A weight that a visit
-    replaces counts for all calls after it.
+    replaces counts for all calls after it, and so do values that it returns in place of those that it was given.
     """
-    needed = _needed(visits)
+    needed = _needed([*visits, *filter(mutates, model_graph.graph.nodes)])
     nodes = [node for node in model_graph.graph.nodes if node in needed and not model_graph.is_weight(node)]
     expiring: dict[fx.Node, list[fx.Node]] = {}
     last_reader = {
@@ -60,15 +60,17 @@ def stream(model_graph: ModelGraph, samples: Sequence[Mapping[str, Any]], visits
             for environment, sample in zip(environments, samples, strict=True):
                 environment[node] = _value(model_graph, node, environment, sample)
             if node in visits:
-                visits[node]([environment[node] for environment in environments])
+                found = visits[node]([environment[node] for environment in environments])
+                for environment, value in zip(environments, found or (), strict=found is not None):
+                    environment[node] = value
             for environment in environments:
                 for source in expiring.get(node, ()):
                     del environment[source]
 
 
-def _needed(visits: Mapping[fx.Node, Visit]) -> set[fx.Node]:
+def _needed(wanted: Sequence[fx.Node]) -> set[fx.Node]:
     needed: set[fx.Node] = set()
-    pending = list(visits)
+    pending = list(wanted)
     while pending:
         node = pending.pop()
         if node not in needed:

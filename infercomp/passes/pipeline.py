@@ -8,7 +8,7 @@ recogniser, a new optimisation none.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..codegen.model_graph import ModelGraph
@@ -26,6 +26,7 @@ from .fuse_residual_norm import FUSE_RESIDUAL_NORM
 from .fuse_rope import FUSE_ROPE
 from .fuse_rotary_write import FUSE_ROTARY_WRITE
 from .graph_pass import Decision, MatchBudget, Pass, PassContext
+from .layer_errors import LayerErrors
 from .merge_linears import MERGE_LINEARS
 from .normalize import NORMALIZE
 from .page_attention import PAGE_ATTENTION
@@ -98,20 +99,22 @@ def run_pipeline(
     serving: bool = False,
     example_inputs: Mapping[str, Any] | None = None,
     calibration: Calibration | None = None,
+    evaluation: Sequence[Mapping[str, Any]] = (),
     pipeline: tuple[Pass, ...] = PIPELINE,
     on_change: OnChange | None = None,
 ) -> tuple[PassRecord, ...]:
     """Run the passes in order on ``model_graph``, in place; one record a pass.
 
     ``example_inputs`` (by placeholder name) are needed for ``config.verify``, ``calibration`` for recipes that say so.
-    Raises ConfigError for
-    an unknown pass name, VerificationError where a pass breaks the graph or leaves its class.
+    ``evaluation`` are samples that the errors of rounded layers are measured on. Raises ConfigError for an unknown pass
+    name, VerificationError where a pass breaks the graph or leaves its class.
     """
     check_pass_names(config, pass_names(pipeline))
     check_order(pipeline)
     budget = MatchBudget(config.limit)
     inputs = example_inputs
     decisions: dict[str, Decision] = {}
+    layer_errors = LayerErrors(evaluation) if evaluation else None
     records = []
     for index, graph_pass in enumerate(pipeline, start=1):
         if graph_pass.serving and not serving:
@@ -119,7 +122,7 @@ def run_pipeline(
         # What serving cannot do without is no step of a bisection.
         own_budget = budget if graph_pass.optional else MatchBudget(None)
         context = PassContext(graph_pass.name, config, own_budget, calibration, decisions)
-        record, inputs = _run_pass(graph_pass, model_graph, context, inputs)
+        record, inputs = _run_pass(graph_pass, model_graph, context, inputs, layer_errors)
         if record.matches and on_change is not None:
             on_change(index, graph_pass.name, model_graph, inputs)
         records.append(record)
@@ -131,12 +134,15 @@ def _run_pass(
     model_graph: ModelGraph,
     context: PassContext,
     inputs: Mapping[str, Any] | None,
+    layer_errors: LayerErrors | None,
 ) -> tuple[PassRecord, Mapping[str, Any] | None]:
     """The pass's record, and the example inputs as the graph takes them after it."""
     is_measured = context.config.verify
     before = tape_of(model_graph) if is_measured else []
     weights_before = dict(model_graph.weights) if is_measured else {}
     outputs_before = output_values(model_graph)
+    if layer_errors is not None:
+        layer_errors.before(model_graph, graph_pass.numeric_class)
     start = time.perf_counter()
     graph_pass.run(model_graph, context)
     milliseconds = (time.perf_counter() - start) * 1e3
@@ -156,5 +162,6 @@ def _run_pass(
         near_misses=tuple(context.near_misses),
         milliseconds=milliseconds,
         max_error=max_error,
+        layer_errors=layer_errors.after(model_graph, context) if layer_errors is not None else (),
     )
     return record, inputs_after

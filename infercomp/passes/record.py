@@ -25,8 +25,19 @@ class NearMiss:
 
 
 @dataclass(frozen=True)
+class LayerError:
+    """‖y' - y‖ / ‖y‖ (Frobenius) of a layer's outputs, y in floats and y' rounded, on the float model's activations."""
+
+    layer: str
+    relative_error: float
+
+
+@dataclass(frozen=True)
 class PassRecord:
-    """What one pass did: counts, places, reasons, cost in milliseconds, measured error."""
+    """What one pass did: counts, places, reasons, cost in milliseconds, measured error.
+
+    ``layer_errors`` are measured on samples, where some were given, of the layers that the pass has rounded.
+    """
 
     name: str
     numeric_class: str
@@ -36,3 +47,4 @@ class PassRecord:
     near_misses: tuple[NearMiss, ...]
     milliseconds: float
     max_error: float | None = None
+    layer_errors: tuple[LayerError, ...] = ()

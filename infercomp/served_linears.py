@@ -1,0 +1,54 @@
+"""The linears of a rewritten graph and the weights that each of them is computed from, quantised or not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from .codegen.model_graph import ModelGraph, value_of
+from .passes.graph_pass import is_float_tensor
+from .passes.quantizable_linears import sources_of
+from .served_model import ServedLinear
+
+_SCHEMA_NAMES = ("weight", "weight_scale", "weight_zero")
+
+
+def linears_of(model_graph: ModelGraph) -> tuple[ServedLinear, ...]:
+    """The linears in the graph's order; those merged into one product are told apart. A computed weight has none."""
+    heads = {_head_of(output) for output in model_graph.output_node().args[0]}
+    calls = [node for node in model_graph.graph.nodes if _is_linear(node)]
+    return tuple(each for node in calls for each in _of_call(model_graph, node, node in heads))
+
+
+def _is_linear(node: fx.Node) -> bool:
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "infercomp":
+        return False
+    return target._schema.name.endswith("linear")
+
+
+def _head_of(output: Any) -> fx.Node | None:
+    """The last linear before an output."""
+    node = output
+    while isinstance(node, fx.Node) and not _is_linear(node):
+        sources = [each for each in node.all_input_nodes if is_float_tensor(value_of(each))]
+        node = next((each for each in sources if each.op == "call_function"), None)
+    return node
+
+
+def _of_call(model_graph: ModelGraph, node: fx.Node, is_head: bool) -> Iterator[ServedLinear]:
+    arguments = zip(node.target._schema.arguments, node.args, strict=False)  # type: ignore[union-attr]
+    weights = [value for each, value in arguments if each.name in _SCHEMA_NAMES and value is not None]
+    by_layer = zip(*(sources_of(each) for each in weights), strict=True)  # type: ignore[arg-type]
+    num_channels = int(value_of(node.args[0]).shape[-1])
+    for sources in by_layer:
+        if not all(map(model_graph.is_weight, sources)):
+            continue
+        values = model_graph.weights[sources[0].name]
+        num_weights = values.numel() if values.is_floating_point() else len(values) * num_channels
+        source = model_graph.weight_sources.get(sources[0].name, sources[0].name)
+        name = source.removeprefix("model.").removesuffix("_packed").removesuffix(".weight")
+        yield ServedLinear(name, num_weights, tuple(each.name for each in sources), is_head)
