@@ -17,8 +17,15 @@ CACHES = ("dynamic", "static")
 MOST_COMPILATIONS = {"dynamic": 3, "static": 2}
 
 
-@pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("name", FAMILY_NAMES)
+# Every family and every cache in each run, all pairs when asked for.
+PAIRS = [
+    pytest.param(name, cache, id=f"{name}-{cache}", marks=[] if number % 2 == place else [pytest.mark.slow])
+    for number, name in enumerate(FAMILY_NAMES)
+    for place, cache in enumerate(CACHES)
+]
+
+
+@pytest.mark.parametrize(("name", "cache"), PAIRS)
 def test_generate_with_the_callers_cache(name: str, cache: str) -> None:
     family = FAMILIES[name]
     options: dict[str, Any] = {"cache_implementation": "static"} if cache == "static" else {}

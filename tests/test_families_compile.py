@@ -16,6 +16,8 @@ LENGTHS = (17, 23, 19)
 PADDED_LENGTHS = ((13, 17), (17, 14))
 
 VARIANTS = [(family, name) for family in FAMILIES.values() for name in family.attn_implementations]
+# Of the spellings of attention that are no family's default some in every run: test_recognize_attention has them all.
+OTHERS_IN_EVERY_RUN = ("llama", "gpt_neox", "t5")
 DEFAULTS = [(family, family.attn_implementations[0]) for family in FAMILIES.values() if family.takes_tokens]
 
 
@@ -26,8 +28,12 @@ def watch() -> Iterator[Watch]:
 
 
 def named(variants: list[tuple[Family, str]]) -> pytest.MarkDecorator:
-    ids = [f"{family.name}-{implementation}" for family, implementation in variants]
-    return pytest.mark.parametrize(("family", "implementation"), variants, ids=ids)
+    rows = []
+    for family, implementation in variants:
+        is_rare = implementation != family.attn_implementations[0] and family.name not in OTHERS_IN_EVERY_RUN
+        marks = [pytest.mark.slow] if is_rare else []
+        rows.append(pytest.param(family, implementation, id=f"{family.name}-{implementation}", marks=marks))
+    return pytest.mark.parametrize(("family", "implementation"), rows)
 
 
 def assert_agrees(model: nn.Module, compiled: nn.Module, inputs: dict[str, torch.Tensor]) -> None:

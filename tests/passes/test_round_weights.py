@@ -117,8 +117,8 @@ def test_true_sequential_sees_the_layers_before_as_they_are_rounded() -> None:
 
     for is_sequential in (False, True):
         method = W4A16(32, True, GPTQ(true_sequential=is_sequential))
-        whole, late = weights(method), weights(LayerRecipes((("layers.1.*", method),)))
-        *_, last = (name for name in whole if "layers_1" in name)
+        whole, late = weights(LayerRecipes((("mlp.*", method),))), weights(LayerRecipes((("layers.1.mlp.*", method),)))
+        (last,) = (name for name in whole if "layers_1_mlp_down" in name)
         assert torch.equal(whole[last], late[last]) == (not is_sequential)
 
 

@@ -81,8 +81,9 @@ def weight_named(model_graph: ModelGraph, *parts: str) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("recipe", [OUTLIERS, GROUPS], ids=["outliers", "groups"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "opt"])
+@pytest.mark.parametrize(
+    ("name", "recipe"), [("llama", OUTLIERS), ("gpt2", OUTLIERS), ("gemma2", GROUPS), ("opt", GROUPS)]
+)
 def test_splitting_is_an_identity(name: str, recipe: Recipe) -> None:
     """GPT-2's weights lie [K, N], OPT's linears have biases."""
     model = DECODERS[name].build(DECODERS[name].attn_implementations[0])
@@ -117,9 +118,7 @@ def test_layers_whose_channels_are_all_outliers_stay_floats() -> None:
     record = split(model_graph, examples, W8A8(outlier_threshold=1e-6))
     assert record.matches == 0
     assert {miss.reason for miss in record.near_misses} == {"all its input channels are outliers, which stay floats"}
-    llm = LLM(
-        byte_model(), byte_tokenizer(), num_blocks=64, quantization=W8A8(outlier_threshold=1e-6), calibration=TOKENS
-    )
+    llm = LLM(byte_model(), quantization=W8A8(outlier_threshold=1e-6), calibration=TOKENS, num_blocks=64)
     (record,) = (each for each in llm.report.passes if each.name == "quantize_linears")
     # What is left is the head, which is split in no recipe.
     assert record.matches == 1
