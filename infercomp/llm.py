@@ -200,7 +200,8 @@ class LLM:
             model(_whole_rows(tokens, start, min(start + chunk, len(tokens)), num_blocks))
             for start in range(0, len(tokens), chunk)
         ]
-        return torch.cat(rows)
+        # A copy of all logits is as large as a small model.
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def _add_all(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[str]:
         """Queue every prompt, or none: the first that cannot be served drops those before it."""
