@@ -49,6 +49,8 @@ def _of_call(model_graph: ModelGraph, node: fx.Node, is_head: bool) -> Iterator[
             continue
         values = model_graph.weights[sources[0].name]
         num_weights = values.numel() if values.is_floating_point() else len(values) * num_channels
+        # Outliers that were split off have left zeros behind, in the part that the others are in.
+        num_weights *= not sources[0].name.endswith("_outliers")
         source = model_graph.weight_sources.get(sources[0].name, sources[0].name)
         name = source.removeprefix("model.").removesuffix("_packed").removesuffix(".weight")
         yield ServedLinear(name, num_weights, tuple(each.name for each in sources), is_head)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from small_llm import byte_model, byte_tokenizer, make_llm
 from torch import nn
 
-from infercomp import LLM, ConfigError
+from infercomp import LLM, W8A8, ConfigError
 from infercomp.account import size_of, tokens_per_second
 from infercomp.passes.quantize_linears import _Quantizer
 from infercomp.quality import Quality, measure_quality
@@ -169,7 +169,7 @@ EXACT = {
 }
 
 
-def evaluated(quantization: str, **options: Any) -> LLM:
+def evaluated(quantization: str | W8A8, **options: Any) -> LLM:
     return make_llm(quantization=quantization, quantize_lm_head=False, evaluation=[EVALUATED], **options)
 
 
@@ -206,6 +206,24 @@ def test_errors_are_measured_against_the_floats_and_not_what_they_were_rounded_t
     """GPTQ moves the weights before they are quantised, which then costs nothing more."""
     errors = evaluated("w4a16-g32-gptq", calibration=[TEXT]).report.layer_errors
     assert len(errors) == 14 and min(errors.values()) > 0.01
+
+
+SPLIT = {
+    "LLM.int8()": W8A8(outlier_threshold=4.0),
+    "PEG": W8A8(embedding_groups=2),
+}
+
+
+@pytest.mark.parametrize("recipe", SPLIT.values(), ids=SPLIT)
+def test_a_layer_that_was_split_is_measured_whole(recipe: W8A8) -> None:
+    """Parts round less than the whole does, and their weights are counted once."""
+    llm = evaluated(recipe, calibration=[TEXT])
+    split, whole = llm.report.layer_errors, exact_errors(EXACT["w8a8"])
+    assert split.keys() == whole.keys() and llm.report.matches_of("split_channels")
+    assert all(0 < split[name] < 1.1 * whole[name] for name in whole)
+    assert sum(split.values()) < sum(whole.values())
+    linears = [each for each in llm._served.form.linears if not each.is_head]
+    assert sum(each.num_weights for each in linears) == sum(n * k for n, k in linear_shapes(byte_model()))
 
 
 def test_errors_are_in_the_report_and_survive_saving(w8a16: LLM, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from ..codegen.model_graph import ModelGraph
 from ..codegen.ops import linear
 from ..codegen.ops.op import compute_dtype
 from .calibration import stream
-from .graph_pass import NumericClass, PassContext
+from .graph_pass import Decision, NumericClass, PassContext
 from .quantizable_linears import parameters_of, sources_of
 from .recipe_layers import layer_names
 from .record import LayerError
@@ -39,12 +39,12 @@ class LayerErrors:
         self._weights: Mapping[str, torch.Tensor] | None = None
         self._calls: dict[str, _FloatCall] = {}
 
-    def before(self, model_graph: ModelGraph, numeric_class: NumericClass) -> None:
+    def before(self, model_graph: ModelGraph, context: PassContext, numeric_class: NumericClass) -> None:
         """To be called before each pass."""
         if numeric_class.is_local:
             if self._weights is None:
                 self._weights = dict(model_graph.weights)
-            self._calls = _float_calls(model_graph)
+            self._calls = _float_calls(model_graph, context.decisions)
 
     def after(self, model_graph: ModelGraph, context: PassContext) -> tuple[LayerError, ...]:
         """To be called after each pass; the errors of the layers that it has replaced."""
@@ -57,10 +57,12 @@ class LayerErrors:
         nodes = {node.name: node for node in model_graph.graph.nodes}
         weights = {**model_graph.weights, **self._weights}
         self._weights = None
+        # A layer may have been split into a sum of which some parts stay floats: their outputs count too.
+        rounded = {layer for old, call in calls.items() if old in replaced for layer in call.layers}
         places = {
-            nodes[replaced[old]]: call.bound(nodes[replaced.get(call.source, call.source)], weights)
+            nodes[replaced.get(old, old)]: call.bound(nodes[replaced.get(call.source, call.source)], weights)
             for old, call in calls.items()
-            if old in replaced
+            if not rounded.isdisjoint(call.layers)
         }
         sums = _Sums(places)
         for sample in self._samples:
@@ -100,24 +102,37 @@ class _FloatCall:
         return _BoundCall(source, turned, tuple(weights[name].detach() for name in self.biases), self.layers)
 
 
-def _float_calls(model_graph: ModelGraph) -> dict[str, _FloatCall]:
+def _float_calls(model_graph: ModelGraph, decisions: Mapping[str, Decision]) -> dict[str, _FloatCall]:
+    def layer_of(weight: fx.Node) -> str:
+        decision = decisions.get(weight.name)
+        return layer_names(model_graph, weight)[0] if decision is None else decision.names[0]
+
     found = {}
     for node in model_graph.calls(linear.overload):
         weight, bias, is_transposed = parameters_of(node)
         weights, biases = sources_of(weight), [] if bias is None else sources_of(bias)
         if all(map(model_graph.is_weight, [*weights, *biases])):
-            layers = tuple(layer_names(model_graph, each)[0] for each in weights)
+            layers = tuple(map(layer_of, weights))
             names = (tuple(each.name for each in weights), tuple(each.name for each in biases))
             found[node.name] = _FloatCall(node.args[0].name, *names, layers, is_transposed)  # type: ignore[union-attr]
     return found
 
 
 class _Sums:
-    """Squares of errors and of outputs by layer, as samples come; what a call reads is kept until the last has."""
+    """Squares of errors and of outputs by layer, as samples come; what a call reads is kept until the last has, and
+    what a part of a layer gives until the layer is whole."""
 
     def __init__(self, places: Mapping[fx.Node, _BoundCall]) -> None:
         self._places = places
         self.sources = Counter(call.source for call in places.values())
+        # A weight that is used twice is no part of a layer: each use is whole.
+        parts = {
+            (layer, weight.data_ptr())
+            for call in places.values()
+            for layer, weight in zip(call.layers, call.weights, strict=True)
+        }
+        self._num_parts = Counter(layer for layer, _ in parts)
+        self._parts: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self._squares: dict[str, tuple[float, float]] = {}
         self._inputs: dict[fx.Node, tuple[torch.Tensor, int]] = {}
 
@@ -137,9 +152,15 @@ class _Sums:
         exact = call(x)
         sizes = [len(weight) for weight in call.weights]
         for layer, part, our_part in zip(call.layers, exact.split(sizes, -1), ours.split(sizes, -1), strict=True):
-            error, size = self._squares.get(layer, (0.0, 0.0))
-            self._squares[layer] = error + _square(our_part - part), size + _square(part)
+            parts = self._parts.setdefault(layer, [])
+            parts.append((our_part - part, part))
+            if len(parts) == self._num_parts[layer]:
+                self._add(layer, *map(sum, zip(*self._parts.pop(layer), strict=True)))
         return exact.to(ours.dtype)
+
+    def _add(self, layer: str, error: torch.Tensor, output: torch.Tensor) -> None:
+        of_errors, of_outputs = self._squares.get(layer, (0.0, 0.0))
+        self._squares[layer] = of_errors + _square(error), of_outputs + _square(output)
 
     def errors(self) -> tuple[LayerError, ...]:
         return tuple(LayerError(layer, _root(error, size)) for layer, (error, size) in self._squares.items())

@@ -142,7 +142,7 @@ def _run_pass(
     weights_before = dict(model_graph.weights) if is_measured else {}
     outputs_before = output_values(model_graph)
     if layer_errors is not None:
-        layer_errors.before(model_graph, graph_pass.numeric_class)
+        layer_errors.before(model_graph, context, graph_pass.numeric_class)
     start = time.perf_counter()
     graph_pass.run(model_graph, context)
     milliseconds = (time.perf_counter() - start) * 1e3
