@@ -5,6 +5,9 @@ order of their names, every second one for calibration, and 4,096 tokens of the 
 Every recipe is applied in a fresh process, whose seconds and peak memory are those of loading, quantising and saving;
 what was saved is then measured next to the model in float32.
 
+A recipe named ``planted:w8a8`` is applied to the same model with outliers planted: two channels of each norm's output
+are 100 times larger, and the weights that read them 100 times smaller, which changes nothing in floats.
+
     python benchmarks/quantization.py --recipes bf16,w8a16,w8a8 --output benchmarks/results/quantization.json
     python benchmarks/quantization.py --plot docs/quantization.png    (from what the file holds, measuring nothing)
 """
@@ -32,6 +35,7 @@ from rich.progress import track
 RESULTS = Path(__file__).parent / "results" / "quantization.json"
 PACKAGES = ("torch", "transformers", "infercomp")
 EVALUATION_TOKENS = 4096
+PLANTED, FACTOR, CHANNELS = "planted:", 100.0, (3, 17)
 FLOATS = "bf16"
 """The row of the model that is not quantised, in 16 bits."""
 
@@ -67,13 +71,34 @@ def quantized(recipe: str, calibration_tokens: int) -> Any:
     from infercomp.demo_model import demo_model_path
     from infercomp.loading.gguf_file import read_gguf_file
     from infercomp.loading.gguf_tokenizer import build_gguf_tokenizer
+    from infercomp.loading.loader import load
 
-    options: dict[str, Any] = {"quantization": recipe, "quantize_lm_head": False}
+    options: dict[str, Any] = {"quantization": recipe.removeprefix(PLANTED), "quantize_lm_head": False}
     if parse_options(options).passes.recipe.needs_calibration:  # type: ignore[union-attr]
         tokenizer = build_gguf_tokenizer(read_gguf_file(demo_model_path()))
         ids = tokenizer(halves()[0])["input_ids"][:calibration_tokens]
         options["calibration"] = torch.tensor(ids)
-    return infercomp.LLM(demo_model_path(), dtype=torch.float32, **options)
+    if not recipe.startswith(PLANTED):
+        return infercomp.LLM(demo_model_path(), dtype=torch.float32, **options)
+    loaded = load(demo_model_path(), dtype=torch.float32)
+    plant_outliers(loaded.model)
+    return infercomp.LLM(loaded.model, loaded.tokenizer, **options)
+
+
+def plant_outliers(model: Any) -> None:
+    """In place; an identity up to the rounding of float32."""
+    import torch
+
+    with torch.no_grad():
+        for layer in model.model.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            for norm, readers in (
+                (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+                (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
+            ):
+                norm.weight[list(CHANNELS)] *= FACTOR
+                for reader in readers:
+                    reader.weight[:, list(CHANNELS)] /= FACTOR
 
 
 def quantize_fresh(recipe: str, folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
@@ -91,7 +116,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
     recipes = arguments.recipes.split(",")
     with tempfile.TemporaryDirectory() as scratch:
-        folders = {recipe: Path(scratch) / recipe for recipe in recipes}
+        folders = {recipe: Path(scratch) / recipe.replace(":", "-") for recipe in recipes}
         costs = {
             recipe: quantize_fresh(recipe, folder, arguments)
             for recipe, folder in track(folders.items(), description="quantising")
@@ -125,6 +150,7 @@ def write(path: Path, rows: Mapping[str, Any]) -> None:
 def plot(rows: Mapping[str, Any], path: Path) -> None:
     from infercomp.plots import plot_points
 
+    rows = {name: row for name, row in rows.items() if not name.startswith(PLANTED)}
     points = [(name, row["size"]["bits_per_weight"], row["quality"]["mean_nats"]) for name, row in rows.items()]
     path.write_bytes(plot_points([point for point in points if point[2] > 0], path.suffix))
 

@@ -170,6 +170,8 @@ def _layer_recipes(value: Mapping[str, Any]) -> LayerRecipes:
 # What a name stands for: `w4a8-g32-sym` is `W4A8(group_size=32, symmetric=True)`.
 RECIPES: dict[str, Recipe] = {
     "w8a8": W8A8(),
+    # Token-wise activations and group-wise weights (ZeroQuant, Yao et al. 2022), a row of the weight being a group.
+    "zeroquant": W8A8(),
     "w8a8-smoothquant": W8A8(smooth_alpha=0.5),
     "w8a8-smoothquant-search": W8A8(smooth_alpha="search"),
     "llm-int8": W8A8(outlier_threshold=6.0),

@@ -73,6 +73,7 @@ def test_a_name_is_short_for_a_recipe(name: str) -> None:
     recipe = PassConfig(quantization=name).recipe
     assert recipe == PassConfig(quantization=RECIPES[name]).recipe == RECIPES[name]
     methods = {
+        "zeroquant": W8A8(),
         "w8a8-smoothquant": W8A8(smooth_alpha=0.5),
         "w8a8-smoothquant-search": W8A8(smooth_alpha="search"),
         "hawq": HAWQ(6.0, (W8A16(), W4A16(64, True)), "trace"),
