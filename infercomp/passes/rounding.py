@@ -52,6 +52,9 @@ class GPTQ(ScaleSearch):
 
     kind = "gptq"
 
+    num_candidates: int = 12
+    smallest: float = 0.6
+
     damp: float = 0.01
     """What is added to H's diagonal, as a part of its mean; above 0."""
 

@@ -15,7 +15,7 @@ from ..codegen.ops.quantized import PARTS_OF_A_STEP, SMALLEST_MAXIMUM, packed_ni
 from .linear_recipes import LinearRecipe
 
 # Every candidate takes several passes over a part of the weight, which should stay in a processor's cache.
-_CHUNK_ELEMENTS = 1 << 17
+_CHUNK_ELEMENTS = 1 << 19
 _MIDDLE = {8: 0, 4: 8}
 _LOWEST = {8: -127, 4: 0}
 _HIGHEST = {8: 127, 4: 15}
@@ -46,7 +46,7 @@ class WeightGrid:
 def nearest_codes(weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, recipe: LinearRecipe) -> torch.Tensor:
     """The codes of the points next to ``weight``, all of one shape or broadcast to it."""
     bits = recipe.weight_bits
-    return torch.round(weight / scale + zero).clamp(_LOWEST[bits], _HIGHEST[bits])
+    return (weight / scale).add_(zero).round_().clamp_(_LOWEST[bits], _HIGHEST[bits])
 
 
 def fitted_grid(weight: torch.Tensor, recipe: LinearRecipe, hessian: torch.Tensor, shares: torch.Tensor) -> WeightGrid:
@@ -68,10 +68,11 @@ def _fitted_rows(
     groups: torch.Tensor, recipe: LinearRecipe, blocks: torch.Tensor, shares: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero [N, G, 1] for ``groups`` [N, G, g], given the groups' blocks of the Hessian [G, g, g]."""
+    groups = groups.contiguous()
     best: list[torch.Tensor] = []
     for scale, zero in _candidates(groups, recipe, shares):
-        difference = (scale * (nearest_codes(groups, scale, zero, recipe) - zero) - groups).transpose(0, 1)
-        error = ((difference @ blocks) * difference).sum(-1, keepdim=True).transpose(0, 1)
+        difference = (nearest_codes(groups, scale, zero, recipe).sub_(zero).mul_(scale).sub_(groups)).transpose(0, 1)
+        error = torch.bmm(difference, blocks).mul_(difference).sum(-1, keepdim=True).transpose(0, 1)
         found = [error, scale, zero]
         if best:
             is_less = error < best[0]
