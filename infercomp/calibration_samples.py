@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .calibration_folder import CalibrationFolder
 from .passes.calibration import Calibration
 from .passes.linear_recipes import Recipe
 from .progress import work_progress
@@ -29,6 +30,7 @@ def calibration_for(
     *,
     vocab_size: int | None,
     max_positions: int | None,
+    folder: str | os.PathLike[str] | None = None,
 ) -> Calibration | None:
     """The samples that a recipe needs, in windows of at most 512 tokens; None where it needs none.
 
@@ -38,9 +40,13 @@ def calibration_for(
     """
     require_calibration(recipe, is_given=data is not None)
     if data is None:
+        if folder is not None:
+            what = "there is nothing to keep: no recipe asks for calibration data"
+            raise ConfigError(what, remedy="leave it out", field="calibration_folder")
         return None
     windows = token_windows(data, tokenizer, "calibration", vocab_size=vocab_size, max_positions=max_positions)
-    return Calibration(tuple(_inputs(part, examples) for part in windows), work_progress)
+    measured = None if folder is None else CalibrationFolder(folder)
+    return Calibration(tuple(_inputs(part, examples) for part in windows), work_progress, measured)
 
 
 def require_calibration(recipe: Recipe | None, *, is_given: bool) -> None:

@@ -23,6 +23,7 @@ from .runtime.kv_pools import allocate_pools, num_blocks_for
 from .runtime.request import RequestOutput, SamplingParams, checked_prompt
 from .runtime.step import StepInputs
 from .served_model import ServedForm, ServedModel
+from .texts import Texts
 
 Prompt = str | Mapping[str, Any]
 _Encoded = tuple[str | None, Sequence[int]]
@@ -37,6 +38,7 @@ class LLM:
     merged weights stay shared with it. ``tokenizer`` is a Hugging Face tokenizer; without one, prompts are
     token ids. ``calibration`` is text for recipes that need some (``calibration_samples.calibration_for``), and
     ``evaluation`` text on which the error of each quantised layer is measured for ``report.layer_errors``.
+    In ``calibration_folder`` stays what calibration has found, layer by layer: a run that was cut off goes on there.
     ``options`` are those of ``infercomp.config.parse_options`` (``num_blocks``, ``max_num_seqs``, ``disable``,
     ``dump`` …); of a saved model, those that compiling depends on are fixed.
 
@@ -51,16 +53,18 @@ class LLM:
         *,
         dtype: torch.dtype | None = None,
         calibration: Any = None,
+        calibration_folder: str | os.PathLike[str] | None = None,
         evaluation: Any = None,
         **options: Any,
     ) -> None:
         config = parse_options(options)
+        texts = Texts(calibration, calibration_folder, evaluation)
         if is_artifact(model):
-            _require_only_options(dtype, calibration=calibration, evaluation=evaluation)
+            _require_only_options(dtype, texts)
             form, weights = load_artifact(model, config)  # type: ignore[arg-type]
             tokenizer = tokenizer or load_saved_tokenizer(Path(model).expanduser())  # type: ignore[arg-type]
         else:
-            form, weights, tokenizer = _compiled(model, tokenizer, dtype, config, calibration, evaluation)
+            form, weights, tokenizer = _compiled(model, tokenizer, dtype, config, texts)
             # Weights are packed one after the other, and what nobody else holds goes as it is packed. Capturing
             # leaves cycles behind that hold the module.
             del model
@@ -284,8 +288,7 @@ def _compiled(
     tokenizer: Any,
     dtype: torch.dtype | None,
     config: Config,
-    calibration: Any,
-    evaluation: Any,
+    texts: Texts,
 ) -> tuple[ServedForm, dict[str, torch.Tensor], Any]:
     """The model compiled: its served form, its weights and its tokenizer."""
     # A saved model needs none of the compiler.
@@ -306,21 +309,22 @@ def _compiled(
         config = with_stored_recipe(config, linears, module)
     _max_model_len(position_limit(module), config)
     prefetch_kernels(module.eval(), config)
-    if linears and evaluation is not None:
+    if linears and texts.evaluation is not None:
         what = "weights that come in integers have no floats to measure errors of layers against"
         raise ConfigError(what, field="evaluation", remedy="leave it out, or load the unquantised checkpoint")
-    return *compile_for_serving(module, tokenizer, config, linears, calibration, evaluation), tokenizer
+    is_ours = not isinstance(model, torch.nn.Module)
+    compiled = compile_for_serving(module, tokenizer, config, linears, texts, releases_model=is_ours)
+    return *compiled, tokenizer
 
 
-def _require_only_options(dtype: torch.dtype | None, **texts: Any) -> None:
+def _require_only_options(dtype: torch.dtype | None, texts: Texts) -> None:
     """A saved model is what it is."""
     if dtype is not None:
         remedy = "leave it out, or load the original model with this dtype"
         raise ConfigError("a saved model has the dtype that it was saved with", field="dtype", remedy=remedy)
-    for name, text in texts.items():
-        if text is not None:
-            remedy = "leave it out, or load the original model with it"
-            raise ConfigError(f"a saved model needs no {name}", field=name, remedy=remedy)
+    for name in texts.given():
+        remedy = "leave it out, or load the original model with it"
+        raise ConfigError(f"a saved model needs no {name}", field=name, remedy=remedy)
 
 
 def _max_model_len(limit: int | None, config: Config) -> int:

@@ -48,6 +48,15 @@ def quantize(
             rich_help_panel=_TEXTS,
         ),
     ] = None,
+    calibration_folder: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Keep what that text shows, layer by layer: the command goes on there after it was cut off.",
+            show_default=False,
+            rich_help_panel=_TEXTS,
+        ),
+    ] = None,
     evaluation: Annotated[
         str | None,
         typer.Option(
@@ -89,7 +98,14 @@ def quantize(
         from infercomp.llm import LLM
 
         require_free(Path(out))
-        llm = LLM(source, dtype=torch_dtype(dtype), calibration=calibration, evaluation=evaluation, **options)
+        llm = LLM(
+            source,
+            dtype=torch_dtype(dtype),
+            calibration=calibration,
+            calibration_folder=calibration_folder,
+            evaluation=evaluation,
+            **options,
+        )
         llm.save(out)
         num_bytes = sum(path.stat().st_size for path in Path(out).iterdir())
         Console(stderr=True).print(f"{out}: {num_bytes / MEBIBYTE:.0f} MiB", highlight=False)

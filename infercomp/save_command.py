@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -34,7 +34,7 @@ def save(
     DIR is a MODEL of the other commands and of LLM. A folder that holds a saved model is replaced.
     """
     with errors_shown(debug):
-        options = checked_options(option)
+        options: dict[str, Any] = checked_options(option)
         source = resolve_model(model)
         from infercomp.artifact import require_free
         from infercomp.llm import LLM

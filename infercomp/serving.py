@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import json
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from .runtime.kv_pools import KvCacheSpec
 from .served_linears import linears_of
 from .served_model import ServedForm
 from .stored_recipe import require_all_found, require_all_taken
+from .texts import NO_TEXTS, Texts
 
 _POSITION_LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
 _CAPTURE_LENGTH = 7
@@ -92,24 +95,30 @@ def compile_for_serving(
     tokenizer: Any,
     config: Config,
     linears: Mapping[str, StoredLinear] | None = None,
-    calibration: Any = None,
-    evaluation: Any = None,
+    texts: Texts = NO_TEXTS,
+    *,
+    releases_model: bool = False,
 ) -> tuple[ServedForm, dict[str, torch.Tensor]]:
     """The served form of ``model``, and its weights by their names in the program.
 
-    ``linears`` are those whose weights come in integers, ``calibration`` is what ``calibration_for`` takes, and
-    ``evaluation`` what ``evaluation_for`` does. Raises UnsupportedError for a linear in integers that no kernel takes.
+    ``linears`` are those whose weights come in integers. Where ``releases_model``, the model loses its tensors, so that
+    each goes once a pass has replaced it. Raises UnsupportedError for a linear in integers that no kernel takes.
     """
-    limit = position_limit(model)
+    limit, facts = position_limit(model), _CheckpointFacts.of(model)
     captured, examples = capture_for_serving(model, limit)
+    if releases_model:
+        model.to("meta")
+        # Capturing leaves cycles behind that hold the tensors.
+        gc.collect()
     if linears:
         readers = {f"model.{name}.weight": linear.read for name, linear in linears.items()}
         sources = captured.weight_sources
         captured.stored_integers |= {n: readers[source] for n, source in sources.items() if source in readers}
         require_all_found(linears, {source.removeprefix("model.") for source in sources.values()})
     sizes = {"vocab_size": getattr(getattr(model, "config", None), "vocab_size", None), "max_positions": limit}
-    samples = calibration_for(config.passes.recipe, calibration, tokenizer, examples, **sizes)
-    evaluated = evaluation_for(evaluation, tokenizer, examples, **sizes)
+    data, folder = texts.calibration, texts.calibration_folder
+    samples = calibration_for(config.passes.recipe, data, tokenizer, examples, folder=folder, **sizes)
+    evaluated = evaluation_for(texts.evaluation, tokenizer, examples, **sizes)
     rewritten = rewrite_graph(captured, config, examples, serving=True, calibration=samples, evaluation=evaluated)
     if linears:
         require_all_taken(captured, rewritten.records)
@@ -128,25 +137,37 @@ def compile_for_serving(
         limit,
         end_of_sequence_ids(model, tokenizer),
         names,
-        None if has_factors else _checkpoint_config(model, names.values()),
+        None if has_factors else facts.config_for(names.values()),
         linears_of(captured),
     )
     return form, captured.weights
 
 
-def _checkpoint_config(model: Any, names: Collection[str]) -> dict[str, Any] | None:
-    """The model's config if other tools could load tensors of these names with it: they know quantised linears only."""
-    config: Any = getattr(model, "config", None)
-    modules = dict(model.named_modules())
-    quantized = [modules[name.removesuffix(SCALE)] for name in names if name.endswith(SCALE)]
-    others = [module for module in modules.values() if not isinstance(module, torch.nn.Linear)]
-    elsewhere = {id(parameter) for module in others for parameter in module.parameters(recurse=False)}
-    is_known = all(isinstance(m, torch.nn.Linear) and id(m.weight) not in elsewhere for m in quantized)
-    # A layer that was split has none of its own tensors any more.
-    held = {name.rpartition(".weight")[0] for name in names}
-    linears = (name for name, m in modules.items() if isinstance(m, torch.nn.Linear) and id(m.weight) not in elsewhere)
-    is_known = is_known and held.issuperset(linears)
-    return json.loads(config.to_json_string()) if is_known and hasattr(config, "to_json_string") else None
+@dataclass(frozen=True)
+class _CheckpointFacts:
+    """What is to be known of a model to say whether other tools could load its tensors once they are quantised."""
+
+    config: str | None
+    own_linears: frozenset[str]
+    """The names of linears whose weights no other module holds."""
+
+    @classmethod
+    def of(cls, model: Any) -> _CheckpointFacts:
+        modules = dict(model.named_modules())
+        others = [module for module in modules.values() if not isinstance(module, torch.nn.Linear)]
+        elsewhere = {id(parameter) for module in others for parameter in module.parameters(recurse=False)}
+        linears = {name: module for name, module in modules.items() if isinstance(module, torch.nn.Linear)}
+        own = frozenset(name for name, module in linears.items() if id(module.weight) not in elsewhere)
+        config: Any = getattr(model, "config", None)
+        return cls(config.to_json_string() if hasattr(config, "to_json_string") else None, own)
+
+    def config_for(self, names: Collection[str]) -> dict[str, Any] | None:
+        """The model's config if other tools could load tensors of these names with it: they know quantised linears."""
+        quantized = {name.removesuffix(SCALE) for name in names if name.endswith(SCALE)}
+        # A layer that was split has none of its own tensors any more.
+        held = {name.rpartition(".weight")[0] for name in names}
+        is_known = quantized <= self.own_linears <= held
+        return json.loads(self.config) if is_known and self.config is not None else None
 
 
 def _cache_specs(graph: ModelGraph) -> tuple[KvCacheSpec, ...]:

@@ -1,23 +1,25 @@
 """Calibration: one run of a graph over the user's samples, which shows passes the values that they ask for.
 
-All samples advance together, call by call, so that memory holds the live values of one place in the graph and what is
-made of them, however many layers there are.
+All samples advance together, from one value that is asked for to the next, so that memory holds the live values of one
+place in the graph and what is made of them, however many layers there are.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx
 
 from ..codegen.model_graph import ModelGraph, mutates, source_line
 from ..runtime.errors import ConfigError, NumericalError
+from ..runtime.freed_memory import return_freed_memory
 
 Visit = Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor] | None]
 Progress = Callable[[int], AbstractContextManager[Callable[[str], None]]]
@@ -28,12 +30,24 @@ def _silent(num_items: int) -> Iterator[Callable[[str], None]]:
     yield lambda name: None
 
 
+Tensors = Mapping[str, torch.Tensor]
+
+
+class MeasuredLayers(Protocol):
+    """Keeps what was measured, by names, for a later run that would measure the same."""
+
+    def read(self, name: str) -> Tensors | None: ...
+
+    def write(self, name: str, tensors: Tensors) -> None: ...
+
+
 @dataclass(frozen=True)
 class Calibration:
-    """Inputs of the graph by name, a mapping for each sample, and how progress over layers is shown."""
+    """Inputs of the graph by name, a mapping for each sample; how progress over layers is shown; what is kept."""
 
     samples: tuple[Mapping[str, Any], ...]
     progress: Progress = _silent
+    measured: MeasuredLayers | None = None
 
     def __post_init__(self) -> None:
         if not self.samples:
@@ -43,8 +57,9 @@ class Calibration:
 def stream(model_graph: ModelGraph, samples: Sequence[Mapping[str, Any]], visits: Mapping[fx.Node, Visit]) -> None:
     """Compute what ``visits`` asks for, and no more: each is called once, with its node's value for every sample.
 
-    Calls are made in the graph's order and in its own dtypes; a value goes with its last reader. A weight that a visit
-    replaces counts for all calls after it, and so do values that it returns in place of those that it was given.
+    Calls are made in the graph's order and in its own dtypes; a value goes with its last reader, and what lies between
+    two visits is in memory for one sample at a time. A weight that a visit replaces counts for all calls after it, and
+    so do values that it returns in place of those that it was given.
     """
     needed = _needed([*visits, *filter(mutates, model_graph.graph.nodes)])
     nodes = [node for node in model_graph.graph.nodes if node in needed and not model_graph.is_weight(node)]
@@ -56,16 +71,29 @@ def stream(model_graph: ModelGraph, samples: Sequence[Mapping[str, Any]], visits
         expiring.setdefault(reader, []).append(source)
     environments: list[dict[fx.Node, Any]] = [{} for _ in samples]
     with torch.no_grad():
-        for node in nodes:
+        for part in _parts_between(nodes, visits):
             for environment, sample in zip(environments, samples, strict=True):
-                environment[node] = _value(model_graph, node, environment, sample)
-            if node in visits:
-                found = visits[node]([environment[node] for environment in environments])
+                for node in part:
+                    environment[node] = _value(model_graph, node, environment, sample)
+                    for source in expiring.get(node, ()):
+                        del environment[source]
+            if part[-1] in visits:
+                found = visits[part[-1]]([environment[part[-1]] for environment in environments])
                 for environment, value in zip(environments, found or (), strict=found is not None):
-                    environment[node] = value
-            for environment in environments:
-                for source in expiring.get(node, ()):
-                    del environment[source]
+                    environment[part[-1]] = value
+                return_freed_memory()
+
+
+def _parts_between(nodes: Sequence[fx.Node], visits: Mapping[fx.Node, Visit]) -> Iterator[Sequence[fx.Node]]:
+    """The nodes in order, in parts that end with a visit each, but for the last, which may end without one."""
+    part = []
+    for node in nodes:
+        part.append(node)
+        if node in visits:
+            yield part
+            part = []
+    if part:
+        yield part
 
 
 def _needed(wanted: Sequence[fx.Node]) -> set[fx.Node]:
@@ -96,22 +124,52 @@ def observe(
     model_graph: ModelGraph,
     calibration: Calibration,
     layers: Mapping[fx.Node, str],
-    visit: Callable[[fx.Node, Sequence[torch.Tensor]], None],
+    method: str,
+    measure: Callable[[fx.Node, Sequence[torch.Tensor]], Tensors],
+    visit: Callable[[fx.Node, Tensors], None],
 ) -> None:
-    """Call ``visit`` with each of these nodes and its values [..., K], in the graph's order.
+    """Call ``visit`` with each of these nodes and what ``measure`` makes of its values [..., K].
 
-    ``layers`` names a layer that reads each node, for the progress shown and for NumericalError, which is raised for
-    values that are not finite.
+    Nodes come in the graph's order, but those that ``calibration`` has kept come first, and are not measured again.
+    ``method`` says what is measured, and with which settings: one name, then anything. ``layers`` names a layer that
+    reads each node, for the progress shown and for NumericalError, which is raised for values that are not finite.
     """
+    names = _names_to_keep(model_graph, calibration, layers, method)
     with calibration.progress(len(layers)) as begin:
 
         def checked(node: fx.Node, values: Sequence[torch.Tensor]) -> None:
             begin(layers[node])
             for number, value in enumerate(values):
                 _require_finite(value, number, layers[node], node)
-            visit(node, values)
+            tensors = measure(node, values)
+            if calibration.measured is not None:
+                calibration.measured.write(names[node], tensors)
+            visit(node, tensors)
 
-        stream(model_graph, calibration.samples, {node: partial(checked, node) for node in layers})
+        left = []
+        for node, layer in layers.items():
+            kept = None if calibration.measured is None else calibration.measured.read(names[node])
+            if kept is None:
+                left.append(node)
+            else:
+                begin(layer)
+                visit(node, kept)
+        stream(model_graph, calibration.samples, {node: partial(checked, node) for node in left})
+
+
+def _names_to_keep(
+    model_graph: ModelGraph, calibration: Calibration, layers: Mapping[fx.Node, str], method: str
+) -> dict[fx.Node, str]:
+    """A name for what is measured at each node, of all that it depends on; none where nothing is kept."""
+    if calibration.measured is None:
+        return {}
+    digest = hashlib.blake2b(f"{torch.__version__} {method} {model_graph.graph}".encode(), digest_size=8)
+    for tensors in (model_graph.weights, *calibration.samples):
+        for name, tensor in tensors.items():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    place = f"{method.split()[0]}-{digest.hexdigest()}"
+    return {node: f"{place}-{number:04d}-{layer}" for number, (node, layer) in enumerate(layers.items())}
 
 
 def _require_finite(value: torch.Tensor, number: int, layer: str, node: fx.Node) -> None:

@@ -11,6 +11,7 @@ where each has its parameter alone.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -19,13 +20,14 @@ from torch import fx
 
 from ..codegen.model_graph import ModelGraph
 from ..runtime.errors import ConfigError
-from .calibration import Calibration, observe, second_moment
+from .calibration import Calibration, Tensors, observe, second_moment
 from .gptq import gptq_codes
 from .graph_pass import LOSSY, Pass, PassContext
-from .linear_recipes import LinearRecipe
 from .quantizable_linears import QuantizableLinears, parameters_of
 from .rounding import GPTQ, ScaleSearch
-from .weight_grids import fitted_grid, nearest_codes
+from .weight_grids import WeightGrid, fitted_grid, nearest_codes
+
+_TENSORS = ("codes", "scale", "zero")
 
 
 def run(model_graph: ModelGraph, context: PassContext) -> None:
@@ -51,7 +53,7 @@ def run(model_graph: ModelGraph, context: PassContext) -> None:
         if site is not None:
             site.replaced[node.name] = node.name
             readers.setdefault(node.args[0], []).append(node)  # type: ignore[arg-type]
-    rounder.round(readers, context.calibration)
+    rounder.round(readers, context.calibration, f"round_weights {json.dumps(recipe.as_dict())}")
 
 
 class _Rounder:
@@ -67,39 +69,47 @@ class _Rounder:
         weight = parameters_of(node)[0]
         return len(weight.users) > 1 or self._addresses.count(self._model_graph.weights[weight.name].data_ptr()) > 1
 
-    def round(self, readers: Mapping[fx.Node, Sequence[fx.Node]], calibration: Calibration) -> None:
+    def round(self, readers: Mapping[fx.Node, Sequence[fx.Node]], calibration: Calibration, method: str) -> None:
         """Round the weights of these linears, given by what they read."""
         layers = {source: self._linears.names[nodes[0]][0][0] for source, nodes in readers.items()}
-        observe(self._model_graph, calibration, layers, lambda source, values: self._visit(readers[source], values))
+
+        def measure(source: fx.Node, values: Sequence[torch.Tensor]) -> Tensors:
+            hessian = second_moment(values)
+            found = [self._rounded(node, hessian) for node in readers[source]]
+            return {name: tensor for each in found for name, tensor in each.items()}
+
+        def visit(source: fx.Node, rounded: Tensors) -> None:
+            for node in readers[source]:
+                self._replace(node, rounded)
+
+        observe(self._model_graph, calibration, layers, method, measure, visit)
         self._model_graph.weights |= self._of_the_end
 
-    def _visit(self, nodes: Sequence[fx.Node], values: Sequence[torch.Tensor]) -> None:
-        hessian = second_moment(values)
-        for node in nodes:
-            recipe = self._linears.chosen[node]
-            weight, _, is_transposed = parameters_of(node)
-            tensor = self._model_graph.weights[weight.name].detach()
-            integers, restored = _rounded(tensor.t() if is_transposed else tensor, hessian, recipe)
-            restored = restored.to(tensor.dtype)
-            is_seen = isinstance(recipe.rounding, GPTQ) and recipe.rounding.true_sequential
-            target = self._model_graph.weights if is_seen else self._of_the_end
-            target[weight.name] = restored.t().contiguous() if is_transposed else restored
-            self._model_graph.stored_integers[weight.name] = partial(tuple, integers)
+    def _rounded(self, node: fx.Node, hessian: torch.Tensor) -> Tensors:
+        """The codes of a linear's weight, int8 [N, K], and its grid."""
+        recipe = self._linears.chosen[node]
+        method, (weight, _, is_transposed) = recipe.rounding, parameters_of(node)
+        assert isinstance(method, ScaleSearch), "layers without a rounding are left out"
+        tensor = self._model_graph.weights[weight.name].detach()
+        rows = tensor.t() if is_transposed else tensor
+        grid = fitted_grid(rows, recipe, hessian, torch.linspace(1.0, method.smallest, method.num_candidates))
+        if isinstance(method, GPTQ):
+            codes = gptq_codes(rows, hessian, grid, method)
+        else:
+            codes = nearest_codes(rows.float(), *grid.of_channels(torch.arange(rows.shape[1])), recipe)
+        names = (f"{weight.name}.{each}" for each in _TENSORS)
+        return dict(zip(names, (codes.to(torch.int8), grid.scale, grid.zero), strict=True))
 
-
-def _rounded(
-    weight: torch.Tensor, hessian: torch.Tensor, recipe: LinearRecipe
-) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-    """The integers of a weight [N, K] as the program stores them, and the floats that they stand for."""
-    method = recipe.rounding
-    assert isinstance(method, ScaleSearch), "layers without a rounding are left out"
-    grid = fitted_grid(weight, recipe, hessian, torch.linspace(1.0, method.smallest, method.num_candidates))
-    scale, zero = grid.of_channels(torch.arange(weight.shape[1]))
-    if isinstance(method, GPTQ):
-        codes = gptq_codes(weight, hessian, grid, method)
-    else:
-        codes = nearest_codes(weight.float(), scale, zero, recipe)
-    return grid.stored(codes), scale * (codes - zero)
+    def _replace(self, node: fx.Node, rounded: Tensors) -> None:
+        recipe = self._linears.chosen[node]
+        weight, _, is_transposed = parameters_of(node)
+        codes, scale, zero = (rounded[f"{weight.name}.{each}"] for each in _TENSORS)
+        grid = WeightGrid(recipe, scale, zero, codes.shape[1] // scale.shape[1])
+        restored = grid.values_of(codes).to(self._model_graph.weights[weight.name].dtype)
+        is_seen = isinstance(recipe.rounding, GPTQ) and recipe.rounding.true_sequential
+        target = self._model_graph.weights if is_seen else self._of_the_end
+        target[weight.name] = restored.t().contiguous() if is_transposed else restored
+        self._model_graph.stored_integers[weight.name] = partial(tuple, grid.stored(codes))
 
 
 ROUND_WEIGHTS = Pass(

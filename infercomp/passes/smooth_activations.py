@@ -15,7 +15,7 @@ merged, where each has its parameter alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,11 +24,11 @@ from torch import fx
 from ..codegen.model_graph import ModelGraph, aten, same_shape, same_size, shape_of, value_of
 from ..codegen.ops import attention, gated_activation, layer_norm, linear, rms_norm
 from ..runtime.errors import ConfigError
-from .calibration import Calibration, largest_of_channels, observe, power_mean_of_channels
+from .calibration import Calibration, Tensors, largest_of_channels, observe, power_mean_of_channels
 from .graph_pass import Pass, PassContext
 from .linear_recipes import Recipe, Smoothing
 from .recipe_layers import check_patterns, layer_names, recipe_for
-from .smoothing_scales import SEARCHED_ALPHAS, errors_of_rounding, smoothing_scales
+from .smoothing_scales import SEARCHED_ALPHAS, errors_of_rounding, searched_tokens, smoothing_scales
 
 _HEADS_BEHIND_TOKENS = [0, 2, 1, 3]
 
@@ -64,6 +64,25 @@ class _Producer:
         return scales.view(self.num_heads, 1, -1).expand(-1, self.num_repeats, -1).flatten()
 
 
+@dataclass(frozen=True)
+class _Place:
+    """A value that is smoothed: what makes it, the linears that read it, and how."""
+
+    producer: _Producer
+    linears: list[fx.Node]
+    smoothing: Smoothing
+
+    @property
+    def is_searched(self) -> bool:
+        return isinstance(self.smoothing.alpha, str)
+
+    def measured(self, values: Sequence[torch.Tensor]) -> Tensors:
+        """What stands for the activations of each channel, [K], and, for a search of alpha, tokens [T, K]."""
+        power = self.smoothing.power
+        of_channels = largest_of_channels(values) if power is None else power_mean_of_channels(values, power)
+        return {"channels": of_channels, **({"tokens": searched_tokens(values)} if self.is_searched else {})}
+
+
 class _NoProducerError(Exception):
     """Why scales cannot be folded, as a near miss says it."""
 
@@ -79,10 +98,30 @@ class _Smoother:
     def smooth(self, calibration: Calibration) -> None:
         names = {node: [layer_names(self._model_graph, node.args[1])] for node in self._linears()}
         check_patterns(self._recipe, names, self._context, is_whole=True)
+        places = self._places(names)
+        layers = {source: names[place.linears[0]][0][0] for source, place in places.items()}
+        scales: dict[fx.Node, torch.Tensor] = {}
+
+        def visit(source: fx.Node, measured: Tensors) -> None:
+            scales[source] = self._scales_for(measured, places[source])
+
+        def measure(source: fx.Node, values: Sequence[torch.Tensor]) -> Tensors:
+            return places[source].measured(values)
+
+        # Not of alpha, so that another alpha finds the same again.
+        powers = [f"{source.name} {place.smoothing.power} {place.is_searched}" for source, place in places.items()]
+        observe(self._model_graph, calibration, layers, f"smooth_activations {powers}", measure, visit)
+        for source, place in places.items():
+            place.producer.divide(scales[source])
+            for node in place.linears:
+                self._multiply(node.args[1], place.producer.repeated(scales[source]), _input_dim(node))
+
+    def _places(self, names: Mapping[fx.Node, Sequence[Sequence[str]]]) -> dict[fx.Node, _Place]:
+        """By what linears read, for all that are to be smoothed and can be."""
         readers: dict[fx.Node, list[fx.Node]] = {}
         for node in names:
             readers.setdefault(node.args[0], []).append(node)  # type: ignore[arg-type]
-        chosen = {}
+        places = {}
         for source, linears in readers.items():
             recipes = [recipe_for(self._recipe, names[node], node) for node in linears]
             smoothings = {each.smoothing if each is not None else None for each in recipes}
@@ -93,37 +132,25 @@ class _Smoother:
             except _NoProducerError as error:
                 self._context.near_miss(linears[0], str(error))
                 continue
-            if self._context.claim(linears[0]) is not None:
-                chosen[source] = (producer, linears, smoothings.pop())
-        layers = {source: names[linears[0]][0][0] for source, (_, linears, _) in chosen.items()}
-        scales: dict[fx.Node, torch.Tensor] = {}
-
-        def visit(source: fx.Node, values: Sequence[torch.Tensor]) -> None:
-            scales[source] = self._scales_for(values, *chosen[source])
-
-        observe(self._model_graph, calibration, layers, visit)
-        for source, (producer, linears, _) in chosen.items():
-            producer.divide(scales[source])
-            for node in linears:
-                self._multiply(node.args[1], producer.repeated(scales[source]), _input_dim(node))
+            smoothing = smoothings.pop()
+            if smoothing is not None and self._context.claim(linears[0]) is not None:
+                places[source] = _Place(producer, linears, smoothing)
+        return places
 
     def _linears(self) -> list[fx.Node]:
         return self._model_graph.calls(linear.overload)
 
-    def _scales_for(
-        self, values: Sequence[torch.Tensor], producer: _Producer, linears: list[fx.Node], smoothing: Smoothing | None
-    ) -> torch.Tensor:
-        """The scales to divide out of what ``producer`` makes."""
-        assert smoothing is not None, "linears without it are left out"
-        alpha, power = smoothing
-        of_values = largest_of_channels(values) if power is None else power_mean_of_channels(values, power)
-        of_values = producer.shared(of_values)
+    def _scales_for(self, measured: Tensors, place: _Place) -> torch.Tensor:
+        """The scales to divide out of what the producer makes."""
+        producer, linears, alpha = place.producer, place.linears, place.smoothing.alpha
+        of_values = producer.shared(measured["channels"])
         of_weights = producer.shared(torch.stack([self._largest_of_inputs(node) for node in linears]).amax(0))
         if not isinstance(alpha, str):
             return smoothing_scales(of_values, of_weights, alpha)
         weights = [self._rows_of_weight(node) for node in linears]
         candidates = {each: smoothing_scales(of_values, of_weights, each) for each in SEARCHED_ALPHAS}
-        errors = errors_of_rounding(values, weights, {a: producer.repeated(each) for a, each in candidates.items()})
+        scales = {each: producer.repeated(found) for each, found in candidates.items()}
+        errors = errors_of_rounding(measured["tokens"], weights, scales)
         return candidates[min(errors, key=lambda each: errors[each])]
 
     def _rows_of_weight(self, node: fx.Node) -> torch.Tensor:

@@ -27,14 +27,18 @@ def smoothing_scales(maxima: torch.Tensor, of_weights: torch.Tensor, alpha: floa
     return torch.exp2(exponent.round().clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT))
 
 
+def searched_tokens(values: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The tokens of values [..., K] that alpha is searched on, float32 [T, K]."""
+    return some_tokens(values, _SEARCH_TOKENS).float()
+
+
 def errors_of_rounding(
-    values: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], scales: Mapping[float, torch.Tensor]
+    tokens: torch.Tensor, weights: Sequence[torch.Tensor], scales: Mapping[float, torch.Tensor]
 ) -> dict[float, float]:
-    """For each of several ``scales`` [K], what 8 bits change in linears of these inputs [..., K] and weights [N, K].
+    """For each of several ``scales`` [K], what 8 bits change in linears of these tokens [T, K] and weights [N, K].
 
     Squares of the outputs' errors as parts of the outputs' squares, summed over the linears.
     """
-    tokens = some_tokens(values, _SEARCH_TOKENS).float()
     matrices = [weight.float() for weight in weights]
     outputs = [F.linear(tokens, matrix) for matrix in matrices]
     errors = dict.fromkeys(scales, 0.0)

@@ -25,7 +25,7 @@ from torch import fx
 from ..codegen.model_graph import Emitter, ModelGraph, aten, value_of
 from ..codegen.ops import linear
 from ..runtime.errors import ConfigError
-from .calibration import Calibration, largest_of_channels, observe, range_of_channels
+from .calibration import Calibration, Tensors, largest_of_channels, observe, range_of_channels
 from .graph_pass import Decision, Pass, PassContext
 from .linear_recipes import W8A8, LinearRecipe
 from .quantizable_linears import QuantizableLinears, parameters_of
@@ -75,12 +75,12 @@ class _Splitter:
         self._check_groups(wanted)
         recipes = {(node.args[0], recipe) for node, recipe in wanted.items()}
 
-        def visit(source: fx.Node, values: Sequence[torch.Tensor]) -> None:
+        def visit(source: fx.Node, measured: Tensors) -> None:
             for other, recipe in recipes:
                 if other is source:
-                    self._splits[source, recipe] = _Split(tuple(_channels(values, recipe)), [])  # type: ignore[arg-type, index]
+                    self._splits[source, recipe] = _Split(tuple(_channels(measured, recipe)), [])  # type: ignore[arg-type, index]
 
-        observe(self._model_graph, calibration, layers, visit)
+        observe(self._model_graph, calibration, layers, "split_channels", _sizes_of_channels, visit)
         for node, recipe in wanted.items():
             self._split(node, recipe)  # type: ignore[arg-type]
 
@@ -160,13 +160,17 @@ class _Splitter:
         return self._model_graph.add_placeholder(name, fake, weight=tensor)
 
 
-def _channels(values: Sequence[torch.Tensor], recipe: W8A8) -> list[torch.Tensor]:
+def _sizes_of_channels(source: fx.Node, values: Sequence[torch.Tensor]) -> Tensors:
+    return {"largest": largest_of_channels(values), "range": range_of_channels(values)}
+
+
+def _channels(measured: Tensors, recipe: W8A8) -> list[torch.Tensor]:
     """The channels of each part: those that are no outliers and those that are, or the groups."""
     if recipe.outlier_threshold is not None:
-        is_outlier = largest_of_channels(values) >= recipe.outlier_threshold
+        is_outlier = measured["largest"] >= recipe.outlier_threshold
         return [(~is_outlier).nonzero()[:, 0], is_outlier.nonzero()[:, 0]]
     assert recipe.embedding_groups is not None
-    order = range_of_channels(values).argsort(stable=True)
+    order = measured["range"].argsort(stable=True)
     return list(order.chunk(recipe.embedding_groups))
 
 

@@ -35,6 +35,11 @@ class WeightGrid:
         groups = channels // self.group_size
         return self.scale[:, groups], self.zero[:, groups]
 
+    def values_of(self, codes: torch.Tensor) -> torch.Tensor:
+        """What codes [N, K] stand for, float32."""
+        groups = codes.unflatten(1, (-1, self.group_size)) - self.zero[:, :, None]
+        return groups.mul_(self.scale[:, :, None]).flatten(1)
+
     def stored(self, codes: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Codes [N, K] as integers of the program: codes, scales and, where the recipe has any, zeros."""
         if self.recipe.weight_bits == 8:

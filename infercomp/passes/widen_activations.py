@@ -17,7 +17,7 @@ from torch import fx
 
 from ..codegen.model_graph import ModelGraph
 from ..runtime.errors import ConfigError
-from .calibration import Calibration, observe, some_tokens
+from .calibration import Calibration, Tensors, observe, some_tokens
 from .graph_pass import Decision, Pass, PassContext
 from .linear_recipes import W8A8, W8A16, LinearRecipe
 from .quantizable_linears import QuantizableLinears, parameters_of
@@ -57,12 +57,16 @@ class _Widener:
         layers = {source: self._linears.names[nodes[0]][0][0] for source, nodes in readers.items()}
         errors: dict[fx.Node, float] = {}
 
-        def visit(source: fx.Node, values: Sequence[torch.Tensor]) -> None:
+        def measure(source: fx.Node, values: Sequence[torch.Tensor]) -> Tensors:
             tokens = some_tokens(values, _NUM_TOKENS).float()
             difference = on_8_bits(tokens) - tokens
-            errors[source] = max(self._change(node, tokens, difference) for node in readers[source])
+            return {"error": torch.tensor(max(self._change(node, tokens, difference) for node in readers[source]))}
 
-        observe(self._model_graph, calibration, layers, visit)
+        def visit(source: fx.Node, measured: Tensors) -> None:
+            errors[source] = float(measured["error"])
+
+        names = " ".join(node.name for nodes in readers.values() for node in nodes)
+        observe(self._model_graph, calibration, layers, f"widen_activations {names}", measure, visit)
         for source, nodes in readers.items():
             bounds = [_bound(self._linears.chosen[node]) for node in nodes]
             if errors[source] > min(bound for bound in bounds if bound is not None):

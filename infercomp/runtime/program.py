@@ -15,9 +15,13 @@ from typing import Any, Protocol
 import torch
 
 from .bound_driver import bound_driver
+from .freed_memory import return_freed_memory
 from .weight_memory import WeightMemory
 
 Shape = tuple[int, ...]
+
+_FREED_BYTES = 64 << 20
+"""What may be free and yet held before it is given back."""
 
 
 @dataclass(frozen=True)
@@ -151,13 +155,16 @@ class Program:
         with torch.inference_mode(False), torch.no_grad():
             uses = Counter(name for packed in self.packed_weights for name in packed.source_names)
             uses.update([*self.weight_names, *(name for merge in self.merged_weights for name in merge.source_names)])
-            memory = WeightMemory()
+            memory, num_freed_bytes = WeightMemory(), 0
             for packed in self.packed_weights:
                 made[packed.name] = memory.moved(packed.packed(weights))
                 uses.subtract(packed.source_names)
                 for name in set(packed.source_names):
                     if not uses[name]:
-                        del weights[name]
+                        num_freed_bytes += weights.pop(name).nbytes
+                if num_freed_bytes > _FREED_BYTES:
+                    return_freed_memory()
+                    num_freed_bytes = 0
         tensors = [made[name] if name in made else weights[name].detach() for name in self.weight_names]
         kept = tuple((weights[name], weights[name].data_ptr()) for name in self.weight_names if name not in made)
         return BoundProgram(self, tensors, tuple(merges.values()), kept)

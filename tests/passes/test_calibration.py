@@ -15,7 +15,15 @@ from torch import fx, nn
 
 from infercomp.codegen.model_graph import ModelGraph
 from infercomp.codegen.ops import linear
-from infercomp.passes.calibration import Calibration, largest_of_channels, observe, second_moment, some_tokens, stream
+from infercomp.passes.calibration import (
+    Calibration,
+    Tensors,
+    largest_of_channels,
+    observe,
+    second_moment,
+    some_tokens,
+    stream,
+)
 from infercomp.runtime.errors import ConfigError, NumericalError
 
 
@@ -42,6 +50,11 @@ def graph() -> tuple[ModelGraph, list[fx.Node]]:
 
 GRAPH, LINEARS = graph()
 (INPUT,) = GRAPH.input_names
+SAMPLE = torch.randn(1, 4, 6)
+
+
+def statistics(values: Sequence[torch.Tensor]) -> Tensors:
+    return {"a": largest_of_channels(values), "b": second_moment(values), "c": some_tokens(values, 5)}
 
 
 @given(st.lists(st.integers(2, 9), min_size=1, max_size=4), st.integers(0, 1000))
@@ -50,18 +63,15 @@ def test_statistics_are_those_of_all_tokens_of_all_samples(lengths: list[int], s
     generator = torch.Generator().manual_seed(seed)
     values = [torch.randn(1, length, 6, generator=generator) for length in lengths]
     wanted = {node.args[0]: node.name for node in LINEARS}
-    found: dict[fx.Node, tuple[torch.Tensor, ...]] = {}
-
-    def visit(node: fx.Node, values: Sequence[torch.Tensor]) -> None:
-        found[node] = largest_of_channels(values), second_moment(values), some_tokens(values, 5)
-
-    observe(GRAPH, Calibration(tuple({INPUT: value} for value in values)), wanted, visit)
+    found: dict[fx.Node, Tensors] = {}
+    calibration = Calibration(tuple({INPUT: value} for value in values))
+    observe(GRAPH, calibration, wanted, "statistics", lambda node, values: statistics(values), found.__setitem__)
     tokens = torch.cat(values, 1)[0]
     with torch.no_grad():
         hidden = F.relu(CHAIN.first(tokens))
         expected = [tokens, hidden, F.gelu(CHAIN.second(hidden))]
     for node, value in zip(LINEARS, expected, strict=True):
-        maxima, moment, some = found[node.args[0]]
+        maxima, moment, some = found[node.args[0]].values()
         torch.testing.assert_close(maxima, value.abs().amax(0), rtol=1e-5, atol=1e-6)
         exact = 2 / len(value) * value.double().t() @ value.double()
         torch.testing.assert_close(moment.double(), exact, rtol=1e-5, atol=1e-6)
@@ -69,19 +79,23 @@ def test_statistics_are_those_of_all_tokens_of_all_samples(lengths: list[int], s
         assert all(bool(torch.isclose(value, row, atol=1e-6).all(-1).any()) for row in some)
 
 
+def first_value(node: fx.Node, values: Sequence[torch.Tensor]) -> Tensors:
+    return {"value": values[0]}
+
+
 def test_a_weight_that_a_visit_replaces_counts_from_there_on() -> None:
     first, second = LINEARS[0].args[1].name, LINEARS[1].args[1].name
     before = dict(GRAPH.weights)
     inputs: dict[fx.Node, torch.Tensor] = {}
 
-    def visit(node: fx.Node, values: Sequence[torch.Tensor]) -> None:
-        inputs[node] = values[0]
+    def visit(node: fx.Node, measured: Tensors) -> None:
+        inputs[node] = measured["value"]
         GRAPH.weights[first if node is LINEARS[0].args[0] else second] *= 0
 
     try:
         GRAPH.weights |= {name: GRAPH.weights[name].clone() for name in (first, second)}
         wanted = {node.args[0]: node.name for node in LINEARS}
-        observe(GRAPH, Calibration(({INPUT: torch.randn(1, 4, 6)},)), wanted, visit)
+        observe(GRAPH, Calibration(({INPUT: torch.randn(1, 4, 6)},)), wanted, "value", first_value, visit)
     finally:
         GRAPH.weights |= before
     with torch.no_grad():
@@ -125,10 +139,59 @@ def test_a_value_that_is_no_number_names_layer_and_sample(bad: float) -> None:
     values[1][0, 2, 3] = bad
     wanted = {LINEARS[0].args[0]: "layers.0.q_proj"}
     with pytest.raises(NumericalError, match=r"input of layers\.0\.q_proj is not finite in calibration sample 1"):
-        observe(GRAPH, Calibration(tuple({INPUT: value} for value in values)), wanted, lambda node, values: None)
+        calibration = Calibration(tuple({INPUT: value} for value in values))
+        observe(GRAPH, calibration, wanted, "value", first_value, lambda node, measured: None)
 
 
 def test_no_samples_are_refused() -> None:
     with pytest.raises(ConfigError, match="no samples") as caught:
         Calibration(())
     assert caught.value.field == "calibration"
+
+
+class Kept(dict[str, Tensors]):
+    """What is measured, in memory."""
+
+    read = dict.get
+    write = dict.__setitem__
+
+
+def measured_again(kept: Kept, *, method: str = "value", sample: torch.Tensor = SAMPLE) -> tuple[list[fx.Node], list]:
+    """The nodes that were measured, and those that were visited, with what was found."""
+    measured: list[fx.Node] = []
+    visited: list[tuple[fx.Node, torch.Tensor]] = []
+
+    def measure(node: fx.Node, values: Sequence[torch.Tensor]) -> Tensors:
+        measured.append(node)
+        return {"value": values[0]}
+
+    calibration = Calibration(({INPUT: sample},), measured=kept)
+    wanted = {node.args[0]: node.name for node in LINEARS}
+    observe(GRAPH, calibration, wanted, method, measure, lambda node, found: visited.append((node, found["value"])))
+    return measured, visited
+
+
+def test_what_was_measured_is_not_measured_again() -> None:
+    kept = Kept()
+    first, visited = measured_again(kept)
+    assert first == [node.args[0] for node in LINEARS]
+    del kept[max(kept)]
+    second, again = measured_again(kept)
+    assert second == [LINEARS[2].args[0]]
+    assert [node for node, _ in again] == first
+    assert all(torch.equal(old, new) for (_, old), (_, new) in zip(visited, again, strict=True))
+    assert measured_again(kept)[0] == []
+
+
+def test_what_depends_on_other_things_is_measured_anew() -> None:
+    kept = Kept()
+    measured_again(kept)
+    assert len(measured_again(kept, method="value 2")[0]) == len(measured_again(kept, sample=SAMPLE + 1)[0]) == 3
+    weight = LINEARS[0].args[1].name
+    before = GRAPH.weights[weight]
+    GRAPH.weights[weight] = before + 1e-3
+    try:
+        assert len(measured_again(kept)[0]) == 3
+    finally:
+        GRAPH.weights[weight] = before
+    assert measured_again(kept)[0] == []

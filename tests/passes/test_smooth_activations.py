@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from infercomp import LLM
 from infercomp.codegen.model_graph import ModelGraph
 from infercomp.codegen.ops import linear
 from infercomp.passes import smooth_activations
-from infercomp.passes.calibration import Calibration, largest_of_channels, observe, some_tokens
+from infercomp.passes.calibration import Calibration, largest_of_channels, some_tokens, stream
 from infercomp.passes.config import PassConfig
 from infercomp.passes.linear_recipes import W8A8, W8A16, Recipe
 from infercomp.passes.pipeline import PIPELINE, run_pipeline
@@ -137,7 +138,7 @@ def spread_of_inputs(model_graph: ModelGraph) -> dict[str, float]:
         maxima = largest_of_channels(values)
         found[wanted[node]] = float(maxima.max() / maxima.median())
 
-    observe(model_graph, CALIBRATION, wanted, visit)
+    stream(model_graph, CALIBRATION.samples, {node: partial(visit, node) for node in wanted})
     return found
 
 
@@ -217,7 +218,7 @@ def test_a_search_takes_the_alpha_that_moves_outputs_least() -> None:
         apart = LayerRecipes((("o_proj", None), ("down_proj", None), ("*", W8A8(smooth_alpha=alpha))))
         smooth(model_graph, examples, apart)
         assert any(not torch.equal(exact[name], model_graph.weights[name]) for name in exact)
-        observe(model_graph, CALIBRATION, {source: name for name, source in rows.items()}, visit)
+        stream(model_graph, CALIBRATION.samples, {source: partial(visit, source) for source in rows.values()})
         of_inputs: dict[Any, float] = {}
         for name, error in found.items():
             of_inputs[rows[name]] = of_inputs.get(rows[name], 0.0) + error

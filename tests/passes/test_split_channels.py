@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from infercomp import LLM
 from infercomp.codegen.model_graph import ModelGraph, aten
 from infercomp.codegen.ops import linear
 from infercomp.passes import split_channels
-from infercomp.passes.calibration import Calibration, largest_of_channels, observe
+from infercomp.passes.calibration import Calibration, largest_of_channels, stream
 from infercomp.passes.config import PassConfig
 from infercomp.passes.linear_recipes import W8A8, W8A16, Recipe
 from infercomp.passes.pipeline import PIPELINE, run_pipeline
@@ -98,7 +99,8 @@ def test_outliers_are_the_channels_that_reach_the_threshold() -> None:
     model_graph, examples = planted()
     maxima: dict[fx.Node, torch.Tensor] = {}
     names = {node.args[0]: node.args[1].name for node in model_graph.calls(linear.overload)}
-    observe(model_graph, CALIBRATION, names, lambda node, values: maxima.update({node: largest_of_channels(values)}))
+    visits = {node: partial(lambda n, values: maxima.update({n: largest_of_channels(values)}), node) for node in names}
+    stream(model_graph, CALIBRATION.samples, visits)
     expected = {names[node].replace("_weight", ""): (each >= 6).nonzero()[:, 0] for node, each in maxima.items()}
     before = dict(model_graph.weights)
     record = split(model_graph, examples, OUTLIERS)
