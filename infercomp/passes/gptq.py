@@ -18,22 +18,22 @@ def gptq_codes(weight: torch.Tensor, hessian: torch.Tensor, grid: WeightGrid, me
     num_channels = weight.shape[1]
     order = hessian.diagonal().argsort(descending=True, stable=True)
     order = order if method.act_order else torch.arange(num_channels, device=weight.device)
-    scale, zero = grid.of_channels(order)
+    # A channel at a time: each is a row here, so that it lies in memory as a whole.
+    scale, zero = (each.t().contiguous() for each in grid.of_channels(order))
     factor = _factor_of_inverse(hessian[order][:, order], method.damp)
-    rest = weight[:, order].to(factor.dtype)
+    rest = weight.t()[order].to(factor.dtype)
     codes = torch.empty_like(rest)
     for start in range(0, num_channels, method.block_size):
         end = min(start + method.block_size, num_channels)
-        block, errors = rest[:, start:end], []
+        block, errors = rest[start:end], torch.empty_like(rest[start:end])
         for channel in range(start, end):
-            row = factor[channel, channel:end]
-            column = block[:, channel - start]
-            codes[:, channel] = nearest_codes(column, scale[:, channel], zero[:, channel], grid.recipe)
-            rounded = scale[:, channel] * (codes[:, channel] - zero[:, channel])
-            errors.append((column - rounded) / row[0])
-            block[:, channel - start :] -= errors[-1][:, None] * row
-        rest[:, end:] -= torch.stack(errors, 1) @ factor[start:end, end:]
-    return codes[:, order.argsort()].float()
+            row, position = factor[channel, channel:end], channel - start
+            codes[channel] = nearest_codes(block[position], scale[channel], zero[channel], grid.recipe)
+            rounded = scale[channel] * (codes[channel] - zero[channel])
+            errors[position] = (block[position] - rounded) / row[0]
+            block[position:].addr_(row, errors[position], alpha=-1)
+        rest[end:] -= factor[start:end, end:].t() @ errors
+    return codes[order.argsort()].t().float()
 
 
 def _factor_of_inverse(hessian: torch.Tensor, damp: float) -> torch.Tensor:
