@@ -93,7 +93,7 @@ class _KernelFile:
             written=tuple(node.name for node in self._written()),
             tables=tuple(sorted(node.name for node in self._kinds.tables())),
             operations=self._num_operations(),
-            rounds=any("quantize" in str(node.target) for node in self._group.nodes),
+            rounds=self._rounds_to_integers(),
             instruction_set=self._config.instruction_set,
             arguments=", ".join(["types", *names]),
             statements=statements,
@@ -180,6 +180,11 @@ class _KernelFile:
     def _written(self) -> list[fx.Node]:
         operands = zip(self._group.spec.buffers, self._group.sources, strict=False)
         return [source for buffer, source in operands if buffer.is_written and isinstance(source, fx.Node)]
+
+    def _rounds_to_integers(self) -> bool:
+        """Whether integers come out that are floats rounded: on the edge of two they may be either."""
+        is_quantized = any("quantize" in str(node.target) for node in self._group.nodes)
+        return is_quantized or any(value_of(cache).dtype == torch.int8 for cache in self._written())
 
     def _num_operations(self) -> str:
         """Twice the multiplications of a product, as an expression of the sizes."""

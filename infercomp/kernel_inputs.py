@@ -13,6 +13,8 @@ from .codegen.model_graph import value_of
 from .codegen.ops import paged_attention, write_kv
 from .codegen.regions import is_inlined, named_arguments
 
+_CACHES = ("key_cache", "value_cache", "key_scale", "value_scale")
+
 
 class InputKinds:
     """Kinds of the ``leaves`` that the calls in ``body`` read; ``size`` writes an extent as text."""
@@ -25,7 +27,7 @@ class InputKinds:
         value = value_of(leaf)
         for node, given in self._calls():
             roles = {name for name, argument in given.items() if self._leaf(argument) is leaf}
-            if roles & {"scale", "weight_scale"}:
+            if roles & {"scale", "weight_scale", "key_scale", "value_scale"}:
                 return "scale", "1"
             if "weight_zero" in roles:
                 return "index", "128"
@@ -69,7 +71,7 @@ class InputKinds:
     def tables(self) -> set[fx.Node]:
         """Leaves of which only some rows are read."""
         found = {self._leaf(table) for _, table, _ in self._lookups()}
-        found |= {self._leaf(given[n]) for _, given in self.caches() for n in ("key_cache", "value_cache")}
+        found |= {self._leaf(given[n]) for _, given in self.caches() for n in _CACHES}
         return {node for node in found if node is not None}
 
     def caches(self) -> Iterator[tuple[fx.Node, dict[str, Any]]]:

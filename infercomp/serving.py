@@ -14,6 +14,8 @@ import torch
 from .calibration_samples import calibration_for, evaluation_for
 from .capture import capture_export
 from .codegen.model_graph import ModelGraph, value_of
+from .codegen.ops import write_kv
+from .codegen.regions import named_arguments
 from .compiler import lower_graph, rewrite_graph
 from .config import Config
 from .loading.compressed_tensors import SCALE
@@ -171,15 +173,12 @@ class _CheckpointFacts:
 
 
 def _cache_specs(graph: ModelGraph) -> tuple[KvCacheSpec, ...]:
-    names = [
-        name.removesuffix("_key") for name in graph.input_names if name.startswith("layer_") and name.endswith("_key")
-    ]
     specs = []
-    for name in names:
-        key, value = (value_of(graph.placeholder(f"{name}_{role}")) for role in ("key", "value"))
-        if key.dim() == 4:
-            specs.append(KvCacheSpec(name, int(key.shape[2]), int(key.shape[3]), int(value.shape[3]), key.dtype))
-        else:
-            heads, tile = int(key.shape[1]), int(key.shape[4])
-            specs.append(KvCacheSpec(name, heads, int(key.shape[2]) * tile, int(value.shape[3]), key.dtype, tile))
+    for write in graph.calls(write_kv.overload):
+        given = named_arguments(write)
+        cache, key, value = (value_of(given[name]) for name in ("key_cache", "key", "value"))
+        heads, width, value_width = int(cache.shape[1 if given["tile"] else 2]), int(key.shape[2]), int(value.shape[2])
+        is_int8 = given["key_scale"] is not None
+        name = given["key_cache"].name.removesuffix("_key")
+        specs.append(KvCacheSpec(name, heads, width, value_width, key.dtype, given["tile"], is_int8))
     return tuple(specs)

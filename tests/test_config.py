@@ -52,6 +52,7 @@ _OTHER_CHOICES = {
     "codegen": "cpp",
     "instruction_set": "portable",
     "kv_cache_layout": "tiled",
+    "kv_cache_dtype": "int8",
     "kernel_overrides": str(Path(__file__).parent),
 }
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import sympy
 import torch
@@ -13,8 +14,9 @@ from .lazy_tensor import LazyTensor, Refused, Shape
 from .matmul_regions import NotRowMajor
 from .model_graph import value_of
 from .ops import write_kv
-from .ops.attention import tile_of
+from .ops.paged_attention import tile_of
 from .regions import Region, buffers_of, column_variable, named_arguments, row_variable
+from .row_ops import nearest_int8
 from .specs import AttentionSpec, Buffer, LoopSpec, PagedAttentionSpec, Store
 from .view_ops import as_position
 
@@ -69,11 +71,14 @@ def build_paged_attention(region: Region, nodes: Sequence[fx.Node], results: Seq
     dtype = value_of(node).dtype
     if dtype not in (torch.float32, torch.bfloat16):
         raise Refused(f"no attention kernel for {dtype}")
-    _require_layout(region, given["tile"], tile_of(dtype))
+    scales = _scales(given)
+    if scales and region.language == "triton":
+        raise Refused("the cache is int8, which only the C++ kernels read")
+    _require_layout(region, given["tile"], tile_of(value_of(given["key_cache"]).dtype))
     query = region.tensor(given["query"])
     offset, strides = strided(region, given["query"])
     tokens, num_heads, head_dim = query.shape
-    for name in ("key_cache", "value_cache", "block_tables", "seq_lens", "query_start_loc"):
+    for name in ("key_cache", "value_cache", "block_tables", "seq_lens", "query_start_loc", *scales):
         region.tensor(given[name])
         region.source_name(given[name])
     key_cache, value_cache = (region.shape(given[name]) for name in ("key_cache", "value_cache"))
@@ -100,11 +105,16 @@ def build_paged_attention(region: Region, nodes: Sequence[fx.Node], results: Seq
     )
 
 
+def _scales(given: Mapping[str, Any]) -> tuple[str, ...]:
+    """The arguments that only an int8 cache has."""
+    return ("key_scale", "value_scale") if given["key_scale"] is not None else ()
+
+
 def _require_layout(region: Region, tile: int, wanted_tile: int) -> None:
     if region.language == "triton" and tile:
         raise Refused("the cache is tiled, which only the C++ kernels read")
     if region.language == "cpp" and tile != wanted_tile:
-        raise Refused("the cache is not tiled: block_size must be a multiple of 16")
+        raise Refused(f"the cache is not tiled: block_size must be a multiple of 16, the head size of {wanted_tile}")
 
 
 def build_attention(region: Region, nodes: Sequence[fx.Node], results: Sequence[fx.Node]) -> AttentionSpec:
@@ -169,20 +179,40 @@ def build_write_kv(region: Region, nodes: Sequence[fx.Node], results: Sequence[f
     given = named_arguments(node)
     if results or node is not nodes[-1]:
         raise Refused("the keys that are written are also read elsewhere")
-    tile = given["tile"]
-    _require_layout(region, tile, tile or 1)
+    tile, scales = given["tile"], _scales(given)
+    _require_layout(region, tile, tile or tile_of(value_of(given["key_cache"]).dtype))
     key, value = region.tensor(given["key"]), region.tensor(given["value"])
     row, index = row_variable(key.shape[:-1])
     block_size = region.shape(given["key_cache"])[3 if tile else 1]
     num_slots = product((region.shape(given["key_cache"])[0], block_size))
     slot = as_position(region.tensor(given["slot_mapping"]).at(index[:1]), num_slots)
-    stores = (
-        _cache_store(region, given["key_cache"], key, index, slot, block_size, tile, is_key=True),
-        _cache_store(region, given["value_cache"], value, index, slot, block_size, tile, is_key=False),
-    )
-    written = {region.source_name(given[name]) for name in ("key_cache", "value_cache")}
+    stores = []
+    for rows, role in ((key, "key"), (value, "value")):
+        if scales:
+            rows, steps = nearest_int8(rows)
+            stores.append(_scale_store(region, given[f"{role}_scale"], steps, index, slot, block_size, tile))
+        cache = given[f"{role}_cache"]
+        stores.append(_cache_store(region, cache, rows, index, slot, block_size, tile, is_key=role == "key"))
+    written = {region.source_name(given[name]) for name in ("key_cache", "value_cache", *scales)}
     buffers = tuple(Buffer(b.name, b.dtype, b.name in written) for b in buffers_of(region, ()))
-    return LoopSpec(buffers, row, stores)
+    return LoopSpec(buffers, row, tuple(stores))
+
+
+def _scale_store(
+    region: Region,
+    cache: fx.Node,
+    steps: LazyTensor,
+    index: tuple[sympy.Expr, ...],
+    slot: sympy.Expr,
+    block_size: sympy.Expr,
+    tile: int,
+) -> Store:
+    column, position = column_variable(steps.shape[-1])
+    place = flatten((slot, index[1]), (slot, steps.shape[1]))
+    if tile:
+        block, offset = floor_div(slot, block_size), modulo(slot, block_size)
+        place = sympy.expand((block * steps.shape[1] + index[1]) * block_size + offset)
+    return Store(region.source_name(cache), column, place, steps.at((*index, position)))
 
 
 def _cache_store(

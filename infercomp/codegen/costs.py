@@ -121,12 +121,14 @@ def _paged_attention_cost(
     query, cache = spec.buffers[0].dtype, spec.buffers[1].dtype
     num_tokens, block_size = evaluate(spec.num_tokens, sizes), evaluate(spec.block_size, sizes)
     channels = spec.head_dim + spec.value_head_dim
+    scale_bytes = 2 * _FLOAT_BYTES if spec.has_scales else 0
     num_bytes = num_tokens * spec.num_heads * channels * query.itemsize
     num_bytes += (2 * len(sequences) + 1) * _INT64_BYTES + _num_vectors(spec) * spec.num_heads * _FLOAT_BYTES
     num_pairs = 0
     for one in sequences:
         keys = _keys_read(one, spec.sliding_window)
-        num_bytes += keys * spec.num_kv_heads * channels * cache.itemsize + -(-keys // block_size) * _INT64_BYTES
+        num_bytes += keys * spec.num_kv_heads * (channels * cache.itemsize + scale_bytes)
+        num_bytes += -(-keys // block_size) * _INT64_BYTES
         num_pairs += _pairs_seen(one, spec.sliding_window)
     return Cost(num_bytes, {_unit(query): 2 * num_pairs * spec.num_heads * channels})
 

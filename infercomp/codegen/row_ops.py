@@ -193,8 +193,8 @@ ROWS: dict[Any, Callable[..., LazyTensor]] = {
 }
 
 
-def _quantize_per_token(region: Any, outputs: Any, source: LazyTensor, group_size: int) -> tuple[LazyTensor, ...]:
-    """The three outputs; the sums read back the codes that the same row has stored."""
+def nearest_int8(source: LazyTensor) -> tuple[LazyTensor, LazyTensor]:
+    """Codes [..., K] and scales [..., 1] of rows that are each on a symmetric grid of their own."""
     float32 = torch.float32
 
     def maximum(index: Index) -> Scalar:
@@ -217,18 +217,21 @@ def _quantize_per_token(region: Any, outputs: Any, source: LazyTensor, group_siz
         step = where(is_zero(largest), constant(1.0, float32), step)
         return where(unary("isfinite", largest), step, constant(math.nan, float32))
 
+    rows = (*source.shape[:-1], sympy.Integer(1))
+    return LazyTensor(source.shape, torch.int8, codes), LazyTensor(rows, float32, scale)
+
+
+def _quantize_per_token(region: Any, outputs: Any, source: LazyTensor, group_size: int) -> tuple[LazyTensor, ...]:
+    """The three outputs; the sums read back the codes that the same row has stored."""
+
     def sums(index: Index) -> Scalar:
         stored_codes = region.tensor(outputs[0])
         variable = LoopVariable("k", sympy.Integer(group_size))
         element = stored_codes.at((*index[:-1], sympy.expand(index[-1] * group_size + variable)))
         return reduction("sum", element, variable, variable.extent)
 
-    rows = source.shape[:-1]
-    return (
-        LazyTensor(source.shape, torch.int8, codes),
-        LazyTensor((*rows, sympy.Integer(1)), float32, scale),
-        LazyTensor((*rows, source.shape[-1] / group_size), torch.int32, sums),
-    )
+    shape = (*source.shape[:-1], source.shape[-1] / group_size)
+    return *nearest_int8(source), LazyTensor(shape, torch.int32, sums)
 
 
 MULTIPLE: dict[Any, Callable[..., tuple[LazyTensor, ...]]] = {quantize_per_token.overload: _quantize_per_token}

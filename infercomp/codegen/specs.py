@@ -78,7 +78,8 @@ class PagedAttentionSpec:
     """Attention of packed queries over a paged cache, tiled for C++ and in rows for Triton; strides are in elements.
 
     The first six buffers are query, key cache, value cache, block tables, sequence lengths and query
-    starts, the last is the output [T, H, Dv]; ``alibi_slopes`` and ``sinks`` name buffers between.
+    starts, then where the caches are int8 the scales of keys and values; the last is the output [T, H, Dv];
+    ``alibi_slopes`` and ``sinks`` name buffers between.
     """
 
     buffers: tuple[Buffer, ...]
@@ -97,6 +98,10 @@ class PagedAttentionSpec:
     logit_softcap: float | None
     alibi_slopes: str | None
     sinks: str | None
+
+    @property
+    def has_scales(self) -> bool:
+        return self.buffers[1].dtype == torch.int8
 
 
 @dataclass(frozen=True)

@@ -54,11 +54,17 @@ class PassConfig:
     kv_cache_layout: str = "auto"
     """How a KV cache lies in memory: "rows" of channels, "tiled" as CPU kernels read it, "auto" to suit the kernels."""
 
+    kv_cache_dtype: str = "auto"
+    """What a KV cache holds: "auto" is the model's dtype, "int8" codes with a float32 scale for each token and head."""
+
     def __post_init__(self) -> None:
         _check_disable(self.disable)
         if self.kv_cache_layout not in ("auto", "rows", "tiled"):
             what = f"kv_cache_layout must be auto, rows or tiled, not {describe(self.kv_cache_layout)}"
             raise ConfigError(what, field="kv_cache_layout")
+        if self.kv_cache_dtype not in ("auto", "int8"):
+            what = f"kv_cache_dtype must be auto or int8, not {describe(self.kv_cache_dtype)}"
+            raise ConfigError(what, field="kv_cache_dtype")
         if self.limit is not None:
             require_int(self.limit, "limit", 0, LARGEST_COUNT)
         for name in ("verify", "quantize_lm_head"):

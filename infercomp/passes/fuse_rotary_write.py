@@ -22,4 +22,6 @@ def run(model_graph: ModelGraph, context: PassContext) -> None:
                 context.near_miss(write, f"{source.name} is also read elsewhere")
 
 
-FUSE_ROTARY_WRITE = Pass("fuse_rotary_write", run, BIT_IDENTICAL, after=("page_attention", "fuse_rope"), serving=True)
+FUSE_ROTARY_WRITE = Pass(
+    "fuse_rotary_write", run, BIT_IDENTICAL, after=("quantize_kv_cache", "fuse_rope"), serving=True
+)

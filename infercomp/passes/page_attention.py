@@ -25,7 +25,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicC
 
 from ..codegen.model_graph import Emitter, ModelGraph, aten, same_size, shape_of, source_line, value_of
 from ..codegen.ops import attention, paged_attention, write_kv
-from ..codegen.ops.attention import tile_of
+from ..codegen.ops.paged_attention import tile_of
 from ..runtime.errors import ProofError
 from ..runtime.kv_pools import Pool
 from .graph_pass import Pass, PassContext

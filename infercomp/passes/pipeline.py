@@ -1,8 +1,8 @@
 """The pipeline is one tuple; the runner does for every pass what is common to all.
 
 Standardise first (``recognize_*``, ``fuse_rope``), then optimise (``merge_*``), then serve
-(``page_attention``, ``select_logit_rows``), then round (``quantize_linears``). A new model needs a new
-recogniser, a new optimisation none.
+(``page_attention``, ``select_logit_rows``), then round (``quantize_linears``, ``quantize_kv_cache``). A new
+model needs a new recogniser, a new optimisation none.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from .layer_errors import LayerErrors
 from .merge_linears import MERGE_LINEARS
 from .normalize import NORMALIZE
 from .page_attention import PAGE_ATTENTION
+from .quantize_kv_cache import QUANTIZE_KV_CACHE
 from .quantize_linears import QUANTIZE_LINEARS
 from .recognize_attention import RECOGNIZE_ATTENTION
 from .recognize_gated_mlp import RECOGNIZE_GATED_MLP
@@ -62,6 +63,7 @@ PIPELINE: tuple[Pass, ...] = (
     PAGE_ATTENTION,
     SELECT_LOGIT_ROWS,
     QUANTIZE_LINEARS,
+    QUANTIZE_KV_CACHE,
     FUSE_GATED_EPILOGUE,
     FUSE_LINEAR_EPILOGUE,
     FUSE_RESIDUAL_NORM,

@@ -13,6 +13,7 @@ from .untouched_memory import untouched_zeros
 
 # Kernels that read a tiled cache take the keys of so many tokens at a time, whatever the dtype.
 TILED_TOKENS = 16
+_SCALE_DTYPE = torch.float32
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,17 @@ class Pool:
             return (num_blocks, self.num_kv_heads, self.width // self.tile, block_size, self.tile)
         return (num_blocks, self.num_kv_heads, block_size // self.tile, self.width, self.tile)
 
+    def scale_shape(self, num_blocks: int, block_size: int) -> tuple[int, ...]:
+        """Of the scales beside a pool of codes, one for each token and head."""
+        return (num_blocks, self.num_kv_heads, block_size) if self.tile else (num_blocks, block_size, self.num_kv_heads)
+
 
 @dataclass(frozen=True)
 class KvCacheSpec:
-    """What one attention layer keeps per token: ``num_kv_heads`` keys of ``head_dim``, values of ``value_head_dim``."""
+    """What one attention layer keeps per token: ``num_kv_heads`` keys of ``head_dim``, values of ``value_head_dim``.
+
+    ``dtype`` is what the model computes them in. Where ``is_int8`` they are kept as codes, each with a scale.
+    """
 
     name: str
     num_kv_heads: int
@@ -42,6 +50,7 @@ class KvCacheSpec:
     value_head_dim: int
     dtype: torch.dtype
     tile: int = 0
+    is_int8: bool = False
 
     def pool(self, role: str) -> Pool:
         """The pool of ``role`` "key" or "value"."""
@@ -51,7 +60,19 @@ class KvCacheSpec:
     @property
     def bytes_per_token(self) -> int:
         num_elements = self.num_kv_heads * (self.head_dim + self.value_head_dim)
+        if self.is_int8:
+            return num_elements + 2 * self.num_kv_heads * _SCALE_DTYPE.itemsize
         return num_elements * int(self.dtype.itemsize)
+
+    def pools(self, num_blocks: int, block_size: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each tensor, by name."""
+        found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        for role in ("key", "value"):
+            pool, name = self.pool(role), f"{self.name}_{role}"
+            found[name] = pool.shape(num_blocks, block_size), torch.int8 if self.is_int8 else self.dtype
+            if self.is_int8:
+                found[f"{name}_scale"] = pool.scale_shape(num_blocks, block_size), _SCALE_DTYPE
+        return found
 
 
 def bytes_per_block(specs: Sequence[KvCacheSpec], block_size: int) -> int:
@@ -85,17 +106,15 @@ def allocate_pools(
     block_size: int,
     device: torch.device | str = "cpu",
 ) -> dict[str, torch.Tensor]:
-    """Per spec ``{name}_key`` and ``{name}_value``, shaped as ``Pool.shape`` says, all zero."""
+    """Per spec ``{name}_key`` and ``{name}_value``, shaped as ``Pool`` says, all zero; of codes also ``…_scale``."""
     pools: dict[str, torch.Tensor] = {}
     for spec in specs:
-        for role in ("key", "value"):
-            pool_name = f"{spec.name}_{role}"
+        for pool_name, (shape, dtype) in spec.pools(num_blocks, block_size).items():
             if pool_name in pools:
                 raise ConfigError(
                     f"two layers want a pool named {pool_name!r}", remedy="give each layer its own name", field="name"
                 )
-            shape = spec.pool(role).shape(num_blocks, block_size)
-            pools[pool_name] = _zeros(shape, spec.dtype, torch.device(device))
+            pools[pool_name] = _zeros(shape, dtype, torch.device(device))
     return pools
 
 

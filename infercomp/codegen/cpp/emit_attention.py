@@ -51,7 +51,7 @@ def _kernel(name: str, struct: str, spec: PagedAttentionSpec | AttentionSpec, fi
 
 
 def emit_paged_attention(spec: PagedAttentionSpec, name: str) -> str:
-    query, key_cache, value_cache, tables, lengths, starts, *_, output = (buffer.name for buffer in spec.buffers)
+    query, key_cache, value_cache, tables, lengths, starts, *rest, output = (buffer.name for buffer in spec.buffers)
     kind = BUFFER_TYPES[spec.buffers[0].dtype]
     fields = [
         f"query = {query} + {index_text(spec.query_offset)}",
@@ -73,6 +73,9 @@ def emit_paged_attention(spec: PagedAttentionSpec, name: str) -> str:
         f"value_dim = {spec.value_head_dim}",
         f"block_size = {index_text(spec.block_size)}",
     ]
+    if spec.has_scales:
+        kind += f", {BUFFER_TYPES[spec.buffers[1].dtype]}"
+        fields += [f"key_scale = {rest[0]}", f"value_scale = {rest[1]}"]
     return _kernel(name, f"PagedAttention<{kind}>", spec, fields)
 
 

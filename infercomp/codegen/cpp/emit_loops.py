@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
 
 import sympy
 import torch
@@ -11,7 +10,7 @@ import torch
 from ..indexing import LoopVariable
 from ..scalar import Scalar, walk
 from ..specs import Buffer, LoopSpec, Store, symbols_of
-from .scalar_text import BUFFER_TYPES, Body, column_breaks, elements_in, index_text, reduction_lines, store_text
+from .scalar_text import BUFFER_TYPES, Body, column_segments, elements_in, index_text, reduction_lines, store_text
 
 # Elements that make a task worth handing out: a few microseconds of work.
 ELEMENTS_PER_TASK = 8192
@@ -62,13 +61,8 @@ def emit_loop(spec: LoopSpec, name: str) -> str:
 def _store_lines(store: Store, spec: LoopSpec, row: Body) -> list[str]:
     lines = list(_row_reductions(store, row))
     dtype = next(buffer.dtype for buffer in spec.buffers if buffer.name == store.buffer)
-    breaks = column_breaks([store.value], store.column)
-    points = [sympy.Integer(0), *(point for point, _ in breaks), store.column.extent]
-    for segment, (first, last) in enumerate(pairwise(points)):
-        conditions = {
-            condition: segment <= position for position, (_, found) in enumerate(breaks) for condition in found
-        }
-        lines += _column_loop(store, (first, last), row, conditions, dtype)
+    for bounds, conditions in column_segments([store.value], store.column, store.column.extent):
+        lines += _column_loop(store, bounds, row, conditions, dtype)
     return lines
 
 

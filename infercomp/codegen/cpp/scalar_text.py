@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import sympy
 import torch
@@ -183,32 +184,45 @@ def reduction_lines(node: Scalar, name: str, indent: str, outer: Body) -> list[s
     """Statements that leave the reduction in a variable ``name``. The order of additions follows the extent alone."""
     variable, extent = node.payload  # type: ignore[misc]
     kind, limits = BUFFER_TYPES[node.dtype], f"std::numeric_limits<{BUFFER_TYPES[node.dtype]}>"
-    inner = outer.inner()
-    inner.indent = indent + "    "
-    value = inner.value(node.args[0])
     is_float = node.dtype.is_floating_point
     if node.op == "sum":
-        start, update, clause = f"{kind}(0)", f"{name} += {value};", "+"
+        start, update, clause = f"{kind}(0)", f"{name} += {{value}};", "+"
     elif is_float:
         # NaN must win, which no reduction clause says: this loop stays scalar.
         sign, better = ("-", "larger") if node.op == "max" else ("", "smaller")
-        start, update, clause = f"{sign}{limits}::infinity()", f"{name} = {better}({name}, {value});", None
+        start, update, clause = f"{sign}{limits}::infinity()", f"{name} = {better}({name}, {{value}});", None
     else:
         bound, comparison = ("lowest", ">") if node.op == "max" else ("max", "<")
         start, update, clause = (
             f"{limits}::{bound}()",
-            f"{name} = {value} {comparison} {name} ? {value} : {name};",
+            f"{name} = {{value}} {comparison} {name} ? {{value}} : {name};",
             node.op,
         )
     pragma = [f"{indent}#pragma omp simd reduction({clause} : {name})"] if clause else []
-    return [
-        f"{indent}{kind} {name} = {start};",
-        *pragma,
-        f"{indent}for (int64_t {variable} = 0; {variable} < {index_text(extent)}; ++{variable}) {{",
-        *inner.lines,
-        f"{inner.indent}{update}",
-        f"{indent}}}",
-    ]
+    lines = [f"{indent}{kind} {name} = {start};"]
+    for (first, last), conditions in column_segments(node.args, variable, extent):
+        inner = outer.inner()
+        inner.indent = indent + "    "
+        inner.conditions = {**outer.conditions, **conditions}
+        value = inner.value(node.args[0])
+        lines += [
+            *pragma,
+            f"{indent}for (int64_t {variable} = {index_text(first)}; {variable} < {index_text(last)}; ++{variable}) {{",
+            *inner.lines,
+            inner.indent + update.format(value=value),
+            f"{indent}}}",
+        ]
+    return lines
+
+
+def column_segments(
+    roots: Iterable[Scalar], column: LoopVariable, extent: sympy.Expr
+) -> Iterator[tuple[tuple[sympy.Expr, sympy.Expr], dict[Scalar, bool]]]:
+    """Parts of a loop over columns, and what each condition on the column is there."""
+    breaks = column_breaks(roots, column)
+    points = [sympy.Integer(0), *(point for point, _ in breaks), extent]
+    for segment, bounds in enumerate(pairwise(points)):
+        yield bounds, {each: segment <= place for place, (_, found) in enumerate(breaks) for each in found}
 
 
 def column_breaks(roots: Iterable[Scalar], column: LoopVariable) -> list[tuple[sympy.Expr, list[Scalar]]]:

@@ -1,9 +1,10 @@
 """The op vocabulary: the contract between passes and codegen."""
 
-from .attention import attention, paged_attention, write_kv
+from .attention import attention
 from .linear import ACTIVATIONS, gated_activation, linear, merge_weights
 from .norm import layer_norm, rms_norm
 from .op import VOCABULARY, Op, definition_of, op
+from .paged_attention import paged_attention, write_kv
 from .quantized import (
     int4_embedding,
     int4_linear,

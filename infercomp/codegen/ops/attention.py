@@ -1,4 +1,4 @@
-"""Attention over given keys and values, and over a paged KV cache.
+"""Attention over given keys and values.
 
 ``s = softcap(scale * q kᵀ) + bias + slope * (key position - query position)``, hidden keys removed,
 ``softmax(s) v``. The last query is aligned with the last key (as in FlashAttention: with a cache,
@@ -12,7 +12,7 @@ import torch
 
 from .op import compute_dtype, op
 
-_ATTENTION_OPTIONS = "float scale, int? sliding_window=None, float? logit_softcap=None"
+ATTENTION_OPTIONS = "float scale, int? sliding_window=None, float? logit_softcap=None"
 
 
 def _hidden_keys(
@@ -53,7 +53,7 @@ def _fake_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
 
 @op(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? bias=None, Tensor? alibi_slopes=None,"
-    f" Tensor? sinks=None, *, {_ATTENTION_OPTIONS}, bool is_causal=False) -> Tensor",
+    f" Tensor? sinks=None, *, {ATTENTION_OPTIONS}, bool is_causal=False) -> Tensor",
     fake=_fake_attention,
 )
 def attention(
@@ -94,102 +94,3 @@ def attention(
     rows = probabilities.reshape(batch, num_kv_heads, -1, key_length)
     output = rows @ value.to(dtype)
     return output.reshape(batch, num_heads, query_length, value.shape[-1]).to(query.dtype)
-
-
-def _fake_paged_attention(query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, *_, tile=0, **__):  # type: ignore[no-untyped-def]
-    return query.new_empty(query.shape[0], query.shape[1], value_cache.shape[3])
-
-
-def tile_of(dtype: torch.dtype) -> int:
-    """Values of ``dtype`` that lie side by side in a tiled cache: as many as 32 bits hold."""
-    return max(1, 4 // dtype.itemsize)
-
-
-def _gathered(cache: torch.Tensor, blocks: torch.Tensor, length: int, tile: int, is_key: bool) -> torch.Tensor:
-    """The first ``length`` positions in ``blocks`` of a cache of either layout: [Hkv, length, D]."""
-    found = cache[blocks]
-    if tile and is_key:  # [blocks, Hkv, D / tile, block_size, tile]
-        found = found.permute(0, 3, 1, 2, 4).flatten(3)
-    elif tile:  # [blocks, Hkv, block_size / tile, D, tile]
-        found = found.permute(0, 2, 4, 1, 3).flatten(1, 2)
-    return found.flatten(0, 1)[:length].transpose(0, 1)
-
-
-@op(
-    "paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_tables, Tensor seq_lens,"
-    f" Tensor query_start_loc, Tensor? alibi_slopes=None, Tensor? sinks=None, *, {_ATTENTION_OPTIONS}, int tile=0)"
-    " -> Tensor",
-    fake=_fake_paged_attention,
-)
-def paged_attention(
-    query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    alibi_slopes: torch.Tensor | None = None,
-    sinks: torch.Tensor | None = None,
-    *,
-    scale: float,
-    sliding_window: int | None = None,
-    logit_softcap: float | None = None,
-    tile: int = 0,
-) -> torch.Tensor:
-    """Causal attention of packed queries over a paged cache (Kwon et al. 2023): [T, H, D] -> [T, H, Dv].
-
-    key_cache [blocks, block_size, Hkv, D] and value_cache [blocks, block_size, Hkv, Dv] already hold
-    this step's tokens. With a ``tile`` of x (CPU kernels read it without shuffles) they are
-    [blocks, Hkv, D/x, block_size, x] and [blocks, Hkv, block_size/x, Dv, x].
-
-    Sequence b owns query rows ``query_start_loc[b]:query_start_loc[b+1]``, its newest ``seq_lens[b]``
-    positions lie in ``block_tables[b]``. Each sequence is computed alone.
-    """
-    block_size = key_cache.shape[3 if tile else 1]
-    output = query.new_empty(query.shape[0], query.shape[1], value_cache.shape[3])
-    starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
-    for sequence, length in enumerate(lengths):
-        first, last = starts[sequence], starts[sequence + 1]
-        blocks = block_tables[sequence, : -(-length // block_size)]
-        key = _gathered(key_cache, blocks, length, tile, is_key=True)
-        value = _gathered(value_cache, blocks, length, tile, is_key=False)
-        output[first:last] = attention.definition(
-            query[first:last].transpose(0, 1)[None],
-            key[None],
-            value[None],
-            None,
-            alibi_slopes,
-            sinks,
-            scale=scale,
-            sliding_window=sliding_window,
-            logit_softcap=logit_softcap,
-            is_causal=True,
-        )[0].transpose(0, 1)
-    return output
-
-
-@op(
-    "write_kv(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slot_mapping,"
-    " int tile=0) -> ()",
-    fake=lambda *_: None,
-)
-def write_kv(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    tile: int = 0,
-) -> None:
-    """Write key [T, Hkv, D] and value [T, Hkv, Dv] into the slots [T] (block * block_size + offset) of the cache.
-
-    The caches are laid out as paged_attention reads them, with its ``tile``.
-    """
-    if tile:
-        block_size = key_cache.shape[3]
-        blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
-        key_cache[blocks, :, :, offsets] = key.unflatten(-1, (-1, tile))
-        value_cache[blocks, :, offsets // tile, :, offsets % tile] = value
-        return
-    key_cache.view(-1, *key_cache.shape[2:]).index_copy_(0, slot_mapping, key)
-    value_cache.view(-1, *value_cache.shape[2:]).index_copy_(0, slot_mapping, value)

@@ -27,7 +27,7 @@ _SYMMETRIC_ZERO = 8.0
 PARTS_OF_A_STEP = 1
 
 
-def _nearest_int8(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def nearest_int8(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Each row on its own symmetric grid: int8 codes [..., K] and the step [..., 1]."""
     rows = values.to(torch.float32)
     maximum = rows.abs().amax(-1, keepdim=True)
@@ -58,7 +58,7 @@ def quantize_per_token(input: torch.Tensor, group_size: int) -> tuple[torch.Tens
     channels, which kernels with asymmetric weights need. A row whose maximum is below 1e-30 has q = 0 and
     scale = 1; a row that holds an infinity or a NaN has q = 0 and scale = NaN, so that its results are NaN.
     """
-    codes, scale = _nearest_int8(input)
+    codes, scale = nearest_int8(input)
     return codes, scale, codes.unflatten(-1, (-1, group_size)).sum(-1, dtype=torch.int32)
 
 
@@ -260,7 +260,7 @@ def _fake_quantize_weight_int8(weight: torch.Tensor):  # type: ignore[no-untyped
 @op("quantize_weight_int8(Tensor weight) -> (Tensor, Tensor)", fake=_fake_quantize_weight_int8)
 def quantize_weight_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """weight [N, K] in floats -> int8 [N, K] and scale float32 [N]: rows rounded as quantize_per_token rounds."""
-    codes, scale = _nearest_int8(weight)
+    codes, scale = nearest_int8(weight)
     return codes, scale.squeeze(-1)
 
 

@@ -2,6 +2,8 @@
 //
 // Keys are stored [block, channel / PAIR, position, PAIR] and values [block, position / PAIR, channel, PAIR], so that
 // both products multiply a broadcast number with a register of neighbours and nothing is summed across lanes.
+// A cache may hold codes: 8-bit integers, four to a word, and a scale for each position. The products are of codes; the
+// scales are multiplied into the scores and into the probabilities.
 #pragma once
 
 #include <algorithm>
@@ -28,6 +30,8 @@ constexpr float MINUS_INFINITY = -std::numeric_limits<float>::infinity();
 // How many positions (of values) or channels (of keys) lie together in a 32-bit word.
 template <class T>
 constexpr int PAIR = 4 / int(sizeof(T));
+template <class T>
+constexpr bool IS_CODES = std::is_same_v<T, int8_t>;
 
 namespace attention_detail {
 
@@ -51,6 +55,7 @@ constexpr int LEFTS = PAIRED<T> ? 1 : PAIR<T>;
 template <class T>
 INFERCOMP_INLINE native_f32 right_floats(native_u32 words, int part) {
     if constexpr (sizeof(T) == 4) return math::from_words<native_f32>(words);
+    if constexpr (IS_CODES<T>) return __builtin_convertvector((native_i32)(words << (24 - 8 * part)) >> 24, native_f32);
     return math::from_words<native_f32>(part == 0 ? words << 16 : words & 0xffff0000u);
 }
 
@@ -132,18 +137,25 @@ inline int kernel_rows_at_most(int rows) { return rows < 4 ? rows : rows < 6 ? 4
 // ---- scores ---------------------------------------------------------------------------------------------------------
 
 // scores = scale * query · key for `units` units of positions, and whatever follows until the kernel's registers are
-// full.
+// full. Keys that are codes have `key_scales`.
 template <class T, int ROWS>
 __attribute__((noinline)) void compute_scores(const Left<T>* queries, int64_t head_dim, const T* const* keys,
-                                              int64_t key_step, int64_t units, float scale, float* scores) {
+                                              const float* const* key_scales, int64_t key_step, int64_t units,
+                                              float scale, float* scores) {
     constexpr int COLUMNS = columns_for(ROWS);
     const int64_t registers = units * UNIT_REGISTERS;
     for (int64_t first = 0; first < registers; first += COLUMNS) {
         const T* right[COLUMNS];
         const T* ahead[COLUMNS];
+        native_f32 scales[COLUMNS];
         INFERCOMP_UNROLL
         for (int column = 0; column < COLUMNS; ++column) {
             const int64_t index = std::min(first + column, registers - 1);
+            scales[column] = math::constant<native_f32>(scale);
+            if constexpr (IS_CODES<T>) {
+                scales[column] *= load<native_f32>(key_scales[index / UNIT_REGISTERS] +
+                                                   index % UNIT_REGISTERS * NATIVE_LANES);
+            }
             right[column] = keys[index / UNIT_REGISTERS] + index % UNIT_REGISTERS * (NATIVE_LANES * PAIR<T>);
             ahead[column] = right[column] + 4 * key_step;
         }
@@ -159,7 +171,7 @@ __attribute__((noinline)) void compute_scores(const Left<T>* queries, int64_t he
             for (int column = 0; column < COLUMNS; ++column) {
                 const int64_t place = (first + column) / UNIT_REGISTERS * LEFT_BLOCK +
                                       (first + column) % UNIT_REGISTERS * NATIVE_LANES;
-                store(scores + place + row * UNIT, sums[row][column] * scale);
+                store(scores + place + row * UNIT, sums[row][column] * scales[column]);
             }
         }
     }
@@ -189,8 +201,8 @@ INFERCOMP_INLINE float& score_at(float* row, int64_t position) {
     return row[position / UNIT * LEFT_BLOCK + position % UNIT];
 }
 
-inline void hide_scores(float* row, int64_t first, int64_t end) {
-    for (int64_t i = first; i < end; ++i) score_at(row, i) = MINUS_INFINITY;
+inline void fill_scores(float* row, int64_t first, int64_t end, float value) {
+    for (int64_t i = first; i < end; ++i) score_at(row, i) = value;
 }
 
 template <class B>
@@ -251,9 +263,10 @@ INFERCOMP_INLINE native_u32 round_to_bf16(native_f32 values) {
     return (words + 0x7fffu + ((words >> 16) & 1u)) & 0xffff0000u;
 }
 
-// Replaces scores by exp(score - maximum), as the left operands of the second product; returns their sum.
+// Replaces scores by exp(score - maximum), as the left operands of the second product; returns their sum. The operands
+// of codes have the scales of these in them, the sum has not.
 template <class T>
-inline float exponentials(float* row, int64_t units, float maximum) {
+inline float exponentials(float* row, int64_t units, float maximum, const float* const* value_scales) {
     const float reference = maximum == MINUS_INFINITY ? 0.0f : maximum;
     native_f32 sums[UNIT_REGISTERS] = {};
     for (int64_t unit = 0; unit < units; ++unit, row += LEFT_BLOCK) {
@@ -264,6 +277,7 @@ inline float exponentials(float* row, int64_t units, float maximum) {
             native_f32 value = math::exp2_nonpositive((load<native_f32>(row + i) - reference) * math::LOG2_E);
             if constexpr (sizeof(T) == 2) value = math::from_words<native_f32>(round_to_bf16(value));
             sums[part] += value;
+            if constexpr (IS_CODES<T>) value *= load<native_f32>(value_scales[unit] + i);
             if constexpr (PAIRED<T>) {
                 store(pairs + i, __builtin_convertvector(math::to_words(value) >> 16, native_u16));
             } else {

@@ -5,6 +5,9 @@
 //     order of positions, and the results of chunks are merged in ascending order;
 //   - a hidden position is never multiplied with its value, adds exactly 0 to the sum of lane (position % UNIT) and
 //     -inf to the maximum, so it does not matter which hidden positions were looked at, nor what is stored there.
+//     Where values are codes it is multiplied by exactly 0, which changes no sum, as every code is finite.
+//
+// T is the type of queries and outputs, C that of keys and values.
 #pragma once
 
 #include "attention_kernels.h"
@@ -37,10 +40,13 @@ struct AttentionRow {
 };
 
 // The keys and values of one sequence and one key-value head.
-template <class T>
+template <class C>
 struct TiledSequence {
-    const T* keys;
-    const T* values;
+    const C* keys;
+    const C* values;
+    const float* key_scales = nullptr;    // [block, position], those of other heads between blocks; of codes only
+    const float* value_scales = nullptr;
+    int64_t scale_block_stride = 0;
     int64_t key_block_stride;
     int64_t value_block_stride;
     int64_t block_size;            // a multiple of UNIT
@@ -52,7 +58,7 @@ struct TiledSequence {
     int64_t bias_stride = 0;       // from key to key
 
     static int64_t padded(int64_t dim) { return (dim + UNIT - 1) / UNIT * UNIT; }
-    int64_t key_step() const { return block_size * PAIR<T>; }
+    int64_t key_step() const { return block_size * PAIR<C>; }
 };
 
 namespace attention_detail {
@@ -78,40 +84,40 @@ struct RowState {
     float sum;
 };
 
-template <class T>
+template <class C>
 struct TaskScratch {
-    Left<T>* queries;   // [tile][channel / UNIT][TILE_ROWS][UNIT]
+    Left<C>* queries;   // [tile][channel / UNIT][TILE_ROWS][UNIT]
     float* scores;      // [position / UNIT][TILE_ROWS][UNIT], then probabilities
     float* sums;        // [TASK_ROWS][value_dim]
     float* chunk_sums;  // [TILE_ROWS][value_dim]
-    T* values;          // [CHUNK][value_dim], where the stored value_dim is not a multiple of UNIT
-    T* pair;            // [PAIR][value_dim]
+    C* values;          // [CHUNK][value_dim], where the stored value_dim is not a multiple of UNIT
+    C* pair;            // [PAIR][value_dim]
 
     // Hands out the parts, one after the other, and returns the number of bytes; with nullptr it only counts.
     size_t place(char* memory, int64_t head_dim, int64_t stored_value_dim) {
-        const int64_t value_dim = TiledSequence<T>::padded(stored_value_dim);
+        const int64_t value_dim = TiledSequence<C>::padded(stored_value_dim);
         size_t used = 0;
         const auto take = [&](auto*& pointer, int64_t count) {
             pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(memory + used);
             used += (size_t(count) * sizeof(*pointer) + 63) / 64 * 64;
         };
-        take(queries, TASK_ROWS * TiledSequence<T>::padded(head_dim));
+        take(queries, TASK_ROWS * TiledSequence<C>::padded(head_dim));
         take(scores, TILE_ROWS * CHUNK);
         take(sums, TASK_ROWS * value_dim);
         take(chunk_sums, TILE_ROWS * value_dim);
         take(values, value_dim == stored_value_dim ? 0 : CHUNK * value_dim);
-        take(pair, PAIR<T> * value_dim);
+        take(pair, PAIR<C> * value_dim);
         return used;
     }
 };
 
-template <class T>
+template <class T, class C = T>
 class Task {
 public:
-    Task(const AttentionOptions& options, const TiledSequence<T>& sequence, const AttentionRow<T>* rows,
+    Task(const AttentionOptions& options, const TiledSequence<C>& sequence, const AttentionRow<T>* rows,
          int64_t row_count, char* memory)
         : options(options), sequence(sequence), rows(rows), row_count(row_count),
-          value_dim(TiledSequence<T>::padded(sequence.value_dim)) {
+          value_dim(TiledSequence<C>::padded(sequence.value_dim)) {
         scratch.place(memory, sequence.head_dim, sequence.stored_value_dim);
     }
 
@@ -132,20 +138,22 @@ public:
 
 private:
     const AttentionOptions& options;
-    const TiledSequence<T>& sequence;
+    const TiledSequence<C>& sequence;
     const AttentionRow<T>* rows;
     int64_t row_count;
     int64_t value_dim;
-    TaskScratch<T> scratch;
+    TaskScratch<C> scratch;
     RowState states[TASK_ROWS];
     int64_t chunk;
-    const T* keys[CHUNK_UNITS];
-    const T* values[CHUNK_UNITS];
+    const C* keys[CHUNK_UNITS];
+    const C* values[CHUNK_UNITS];
+    const float* key_scales[IS_CODES<C> ? CHUNK_UNITS : 1];
+    const float* value_scales[IS_CODES<C> ? CHUNK_UNITS : 1];
 
     int tile_rows(int64_t tile) const { return int(std::min<int64_t>(TILE_ROWS, row_count - tile)); }
 
-    Left<T>* tile_queries(int64_t tile) const {
-        return scratch.queries + tile * TiledSequence<T>::padded(sequence.head_dim);
+    Left<C>* tile_queries(int64_t tile) const {
+        return scratch.queries + tile * TiledSequence<C>::padded(sequence.head_dim);
     }
 
     Range seen_in_chunk(int64_t row) const {
@@ -155,11 +163,11 @@ private:
     void begin_tile(int64_t tile) {
         const int count = tile_rows(tile);
         for (int row = 0; row < kernel_rows_at_least(count); ++row) {
-            Left<T>* target = tile_queries(tile) + row * UNIT;
+            Left<C>* target = tile_queries(tile) + row * UNIT;
             for (int64_t channel = 0; channel < sequence.head_dim; channel += UNIT, target += LEFT_BLOCK) {
                 const int64_t width = std::min<int64_t>(UNIT, sequence.head_dim - channel);
                 if (row < count) copy_lefts(rows[tile + row].query + channel, width, target);
-                else std::fill_n(target, UNIT, Left<T>(0));
+                else std::fill_n(target, UNIT, Left<C>(0));
             }
         }
         for (int row = 0; row < count; ++row) {
@@ -169,8 +177,8 @@ private:
         }
     }
 
-    static void copy_lefts(const T* query, int64_t width, Left<T>* target) {
-        if constexpr (PAIRED<T>) {
+    static void copy_lefts(const T* query, int64_t width, Left<C>* target) {
+        if constexpr (PAIRED<C>) {
             std::memcpy(target, query, width * sizeof(T));
         } else if (width == UNIT) {
             store(target, load_floats(query));
@@ -185,22 +193,26 @@ private:
         int64_t offset = position - place * sequence.block_size;
         for (int64_t unit = first; unit < end; ++unit) {
             const int64_t block = sequence.block_table ? sequence.block_table[place] : place;
-            keys[unit] = sequence.keys + block * sequence.key_block_stride + offset * PAIR<T>;
+            keys[unit] = sequence.keys + block * sequence.key_block_stride + offset * PAIR<C>;
             values[unit] = sequence.values + block * sequence.value_block_stride + offset * sequence.stored_value_dim;
             if (value_dim != sequence.stored_value_dim) pad_values(unit);
+            if constexpr (IS_CODES<C>) {
+                key_scales[unit] = sequence.key_scales + block * sequence.scale_block_stride + offset;
+                value_scales[unit] = sequence.value_scales + block * sequence.scale_block_stride + offset;
+            }
             offset += UNIT;
             if (offset == sequence.block_size) offset = 0, ++place;
         }
     }
 
     void pad_values(int64_t unit) {
-        T* target = scratch.values + unit * UNIT * value_dim;
-        const T* source = values[unit];
+        C* target = scratch.values + unit * UNIT * value_dim;
+        const C* source = values[unit];
         values[unit] = target;
-        for (int position = 0; position < UNIT; position += PAIR<T>) {
-            target = std::copy_n(source, sequence.stored_value_dim * PAIR<T>, target);
-            target = std::fill_n(target, (value_dim - sequence.stored_value_dim) * PAIR<T>, T{});
-            source += sequence.stored_value_dim * PAIR<T>;
+        for (int position = 0; position < UNIT; position += PAIR<C>) {
+            target = std::copy_n(source, sequence.stored_value_dim * PAIR<C>, target);
+            target = std::fill_n(target, (value_dim - sequence.stored_value_dim) * PAIR<C>, C{});
+            source += sequence.stored_value_dim * PAIR<C>;
         }
     }
 
@@ -220,18 +232,26 @@ private:
         const int64_t origin = any.first / UNIT * UNIT;
         const int64_t units = (any.end - origin + UNIT - 1) / UNIT;
         with_rows(padded, [&](auto ROWS) {
-            compute_scores<T, ROWS>(tile_queries(tile), sequence.head_dim, keys + origin / UNIT, sequence.key_step(),
-                                    units, options.scale, scratch.scores);
+            compute_scores<C, ROWS>(tile_queries(tile), sequence.head_dim, keys + origin / UNIT,
+                                    key_scales + scale_index(origin), sequence.key_step(), units, options.scale,
+                                    scratch.scores);
         });
         // Row after row in each step: what ends one row overlaps with the next.
         RowState of_chunk[TILE_ROWS];
         for (int row = 0; row < count; ++row) adjust_scores(tile + row, row, origin, units, seen[row]);
         for (int row = 0; row < count; ++row) of_chunk[row].maximum = maximum_of(tile_scores(row), units);
         for (int row = 0; row < count; ++row) {
-            of_chunk[row].sum = exponentials<T>(tile_scores(row), units, of_chunk[row].maximum);
+            of_chunk[row].sum =
+                exponentials<C>(tile_scores(row), units, of_chunk[row].maximum, value_scales + scale_index(origin));
         }
         std::fill_n(scratch.chunk_sums, padded * value_dim, 0.0f);
-        multiply_values(seen, count, padded, all, origin);
+        if constexpr (IS_CODES<C>) {
+            // The scale of a hidden position may be anything.
+            for (int row = 0; row < count; ++row) hide(row, shown(seen[row], origin), units, 0.0f);
+            add_pairs(0, padded, values, scores_from(0, -origin), {origin, origin + units * UNIT});
+        } else {
+            multiply_values(seen, count, padded, all, origin);
+        }
         for (int row = 0; row < count; ++row) {
             if (!seen[row].empty()) merge(tile + row, row, of_chunk[row]);
         }
@@ -239,18 +259,29 @@ private:
 
     float* tile_scores(int row) const { return scratch.scores + row * UNIT; }
 
+    // Where the scales of a position's unit are in a chunk.
+    static int64_t scale_index(int64_t position) { return IS_CODES<C> ? position / UNIT : 0; }
+
+    // What a row sees, counted from the origin.
+    static Range shown(Range seen, int64_t origin) {
+        return seen.empty() ? Range{0, 0} : Range{seen.first - origin, seen.end - origin};
+    }
+
+    void hide(int row, Range shown, int64_t units, float value) {
+        fill_scores(tile_scores(row), 0, shown.first, value);
+        fill_scores(tile_scores(row), shown.end, units * UNIT, value);
+    }
+
     void adjust_scores(int64_t index, int tile_row, int64_t origin, int64_t units, Range seen) {
         const AttentionRow<T>& row = rows[index];
         float* scores = tile_scores(tile_row);
-        if (seen.empty()) seen = {origin, origin};
-        const Range shown = {seen.first - origin, seen.end - origin};
+        const Range shown = this->shown(seen, origin);
         if (options.logit_softcap != 0) cap_scores(scores, units, options.logit_softcap);
         if (options.alibi_slopes) {
             add_alibi(scores, units, options.alibi_slopes[row.head], chunk + origin - row.position);
         }
         if (sequence.bias_kind != BiasKind::NONE) add_row_bias(scores, row.bias, origin, shown);
-        hide_scores(scores, 0, shown.first);
-        hide_scores(scores, shown.end, units * UNIT);
+        hide(tile_row, shown, units, MINUS_INFINITY);
     }
 
     void add_row_bias(float* scores, const void* bias, int64_t origin, Range shown) {
@@ -295,25 +326,25 @@ private:
 
     void add_range(int row, int rows, Range range, int64_t origin) {
         if (range.empty()) return;
-        if (range.first % PAIR<T> != 0) {
+        if (range.first % PAIR<C> != 0) {
             add_half_pair(row, rows, range.first, origin);
             ++range.first;
         }
-        const int64_t whole_end = range.end / PAIR<T> * PAIR<T>;
+        const int64_t whole_end = range.end / PAIR<C> * PAIR<C>;
         if (range.first < whole_end) add_pairs(row, rows, values, scores_from(row, -origin), {range.first, whole_end});
         if (range.first < range.end && whole_end < range.end) add_half_pair(row, rows, whole_end, origin);
     }
 
     // A position whose neighbour in the pair is hidden: the neighbour's value may be anything, so it is replaced by 0.
     void add_half_pair(int row, int rows, int64_t position, int64_t origin) {
-        const T* source = values[position / UNIT] + position % UNIT / PAIR<T> * PAIR<T> * value_dim;
-        for (int64_t i = 0; i < PAIR<T> * value_dim; ++i) {
-            scratch.pair[i] = i % PAIR<T> == position % PAIR<T> ? source[i] : T{};
+        const C* source = values[position / UNIT] + position % UNIT / PAIR<C> * PAIR<C> * value_dim;
+        for (int64_t i = 0; i < PAIR<C> * value_dim; ++i) {
+            scratch.pair[i] = i % PAIR<C> == position % PAIR<C> ? source[i] : C{};
         }
-        const T* units[1] = {scratch.pair};
-        const int64_t place = position / PAIR<T> * PAIR<T> - origin;
-        const float* scores = scores_from(row, place / UNIT * UNIT) + place % UNIT / PAIR<T> * LEFTS<T>;
-        add_pairs(row, rows, units, scores, {0, PAIR<T>});
+        const C* units[1] = {scratch.pair};
+        const int64_t place = position / PAIR<C> * PAIR<C> - origin;
+        const float* scores = scores_from(row, place / UNIT * UNIT) + place % UNIT / PAIR<C> * LEFTS<C>;
+        add_pairs(row, rows, units, scores, {0, PAIR<C>});
     }
 
     // A row's scores from a multiple of UNIT after the origin on.
@@ -322,10 +353,10 @@ private:
     }
 
     // `units` and `scores` begin at position 0 of `range`.
-    void add_pairs(int row, int rows, const T* const* units, const float* scores, Range range) {
-        const Left<T>* probabilities = reinterpret_cast<const Left<T>*>(scores);
+    void add_pairs(int row, int rows, const C* const* units, const float* scores, Range range) {
+        const Left<C>* probabilities = reinterpret_cast<const Left<C>*>(scores);
         with_rows(rows, [&](auto ROWS) {
-            add_values<T, ROWS>(scratch.chunk_sums + row * value_dim, probabilities, units, value_dim, range.first,
+            add_values<C, ROWS>(scratch.chunk_sums + row * value_dim, probabilities, units, value_dim, range.first,
                                 range.end);
         });
     }

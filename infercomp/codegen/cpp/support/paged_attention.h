@@ -7,12 +7,15 @@
 namespace infercomp {
 
 // Sequence b owns the query rows query_start_loc[b] to query_start_loc[b + 1], its newest positions; all its
-// seq_lens[b] positions lie in the blocks block_tables[b], their keys and values already written.
-template <class T>
+// seq_lens[b] positions lie in the blocks block_tables[b], their keys and values already written. A cache of type C
+// that holds codes has scales.
+template <class T, class C = T>
 struct PagedAttention : AttentionOptions {
     const T* query;         // [tokens, query_heads, head_dim], channels contiguous
-    const T* key_cache;     // [blocks, kv_heads, head_dim / PAIR, block_size, PAIR]
-    const T* value_cache;   // [blocks, kv_heads, block_size / PAIR, value_dim, PAIR]
+    const C* key_cache;     // [blocks, kv_heads, head_dim / PAIR, block_size, PAIR]
+    const C* value_cache;   // [blocks, kv_heads, block_size / PAIR, value_dim, PAIR]
+    const float* key_scale = nullptr;    // [blocks, kv_heads, block_size]
+    const float* value_scale = nullptr;  // the same
     T* output;              // [tokens, query_heads, value_dim], heads and channels contiguous
     const int64_t* block_tables;
     const int64_t* seq_lens;
@@ -35,25 +38,25 @@ struct PagedAttention : AttentionOptions {
 namespace attention_detail {
 
 // Few rows a task where there would be few tasks.
-template <class T>
-int64_t rows_per_task(const PagedAttention<T>& a) {
+template <class T, class C>
+int64_t rows_per_task(const PagedAttention<T, C>& a) {
     return a.tokens * a.query_heads >= 16 * TASK_ROWS ? TASK_ROWS : TILE_ROWS;
 }
 
 // Where a sequence's blocks of rows begin, given its number and its first token. The next sequence's begin after as
 // many as it needs or one more, which is then empty; so no table of them has to be made.
-template <class T>
-int64_t first_block(const PagedAttention<T>& a, int64_t sequence, int64_t first_token) {
+template <class T, class C>
+int64_t first_block(const PagedAttention<T, C>& a, int64_t sequence, int64_t first_token) {
     return quotient(first_token * a.group(), rows_per_task(a)) + sequence;
 }
 
-template <class T>
-int64_t row_blocks(const PagedAttention<T>& a) {
+template <class T, class C>
+int64_t row_blocks(const PagedAttention<T, C>& a) {
     return a.sequences == 0 ? 0 : first_block(a, a.sequences, a.tokens);
 }
 
-template <class T>
-int64_t sequence_of_block(const PagedAttention<T>& a, int64_t block) {
+template <class T, class C>
+int64_t sequence_of_block(const PagedAttention<T, C>& a, int64_t block) {
     int64_t low = 0;
     int64_t high = a.sequences;
     while (high - low > 1) {
@@ -66,8 +69,8 @@ int64_t sequence_of_block(const PagedAttention<T>& a, int64_t block) {
 // Late tokens see more keys: light and heavy blocks take turns, so that any split of the tasks is balanced.
 inline int64_t balanced(int64_t i, int64_t count) { return i % 4 == 0 || i % 4 == 3 ? i / 2 : count - 1 - i / 2; }
 
-template <class T>
-void find_rows(const PagedAttention<T>& a, int64_t sequence, int64_t kv_head, int64_t first, int64_t end,
+template <class T, class C>
+void find_rows(const PagedAttention<T, C>& a, int64_t sequence, int64_t kv_head, int64_t first, int64_t end,
                AttentionRow<T>* rows) {
     const int64_t group = a.group();
     int64_t token = quotient(first, group);
@@ -88,21 +91,21 @@ void find_rows(const PagedAttention<T>& a, int64_t sequence, int64_t kv_head, in
 
 }  // namespace attention_detail
 
-template <class T>
-size_t scratch_bytes(const PagedAttention<T>& a) {
-    return attention_detail::TaskScratch<T>().place(nullptr, a.head_dim, a.value_dim);
+template <class T, class C>
+size_t scratch_bytes(const PagedAttention<T, C>& a) {
+    return attention_detail::TaskScratch<C>().place(nullptr, a.head_dim, a.value_dim);
 }
 
 // Reads sizes only.
-template <class T>
-int64_t num_tasks(const PagedAttention<T>& a) {
+template <class T, class C>
+int64_t num_tasks(const PagedAttention<T, C>& a) {
     return attention_detail::row_blocks(a) * a.kv_heads;
 }
 
 // Tasks are independent of each other. `scratch` has scratch_bytes(a), begins at a multiple of 64 and may hold
 // anything.
-template <class T>
-void run_task(const PagedAttention<T>& a, int64_t task, void* scratch) {
+template <class T, class C>
+void run_task(const PagedAttention<T, C>& a, int64_t task, void* scratch) {
     using namespace attention_detail;
     // One head after the other: its keys and values stay in the cache.
     const int64_t blocks = row_blocks(a);
@@ -115,16 +118,21 @@ void run_task(const PagedAttention<T>& a, int64_t task, void* scratch) {
     if (first >= end) return;
     AttentionRow<T> rows[TASK_ROWS];
     find_rows(a, b, kv_head, first, end, rows);
-    TiledSequence<T> sequence;
+    TiledSequence<C> sequence;
     sequence.keys = a.key_cache + kv_head * a.head_dim * a.block_size;
     sequence.values = a.value_cache + kv_head * a.value_dim * a.block_size;
     sequence.key_block_stride = a.kv_heads * a.head_dim * a.block_size;
     sequence.value_block_stride = a.kv_heads * a.value_dim * a.block_size;
+    if constexpr (IS_CODES<C>) {
+        sequence.key_scales = a.key_scale + kv_head * a.block_size;
+        sequence.value_scales = a.value_scale + kv_head * a.block_size;
+        sequence.scale_block_stride = a.kv_heads * a.block_size;
+    }
     sequence.block_size = a.block_size;
     sequence.block_table = a.block_tables + b * a.block_table_stride;
     sequence.head_dim = a.head_dim;
     sequence.value_dim = sequence.stored_value_dim = a.value_dim;
-    Task<T>(a, sequence, rows, end - first, static_cast<char*>(scratch)).run();
+    Task<T, C>(a, sequence, rows, end - first, static_cast<char*>(scratch)).run();
 }
 
 // ---- writing --------------------------------------------------------------------------------------------------------
