@@ -56,18 +56,20 @@ void run_all(const Problem& problem, bool backwards) {
     std::free(scratch);
 }
 
-template <class T>
+template <class T, class C = T>
 void paged(void* const* p, const int64_t* n, const float* f) {
-    PagedAttention<T> a;
+    PagedAttention<T, C> a;
     a.query = static_cast<const T*>(p[0]);
-    a.key_cache = static_cast<const T*>(p[1]);
-    a.value_cache = static_cast<const T*>(p[2]);
+    a.key_cache = static_cast<const C*>(p[1]);
+    a.value_cache = static_cast<const C*>(p[2]);
     a.output = static_cast<T*>(p[3]);
     a.block_tables = static_cast<const int64_t*>(p[4]);
     a.seq_lens = static_cast<const int64_t*>(p[5]);
     a.query_start_loc = static_cast<const int64_t*>(p[6]);
     a.alibi_slopes = static_cast<const float*>(p[7]);
     a.sinks = static_cast<const float*>(p[8]);
+    a.key_scale = static_cast<const float*>(p[9]);
+    a.value_scale = static_cast<const float*>(p[10]);
     a.query_token_stride = n[0];
     a.query_head_stride = n[1];
     a.output_token_stride = n[2];
@@ -138,6 +140,8 @@ void write_kv(void* const* p, const int64_t* n) {
 extern "C" {
 void paged_float32(void* const* p, const int64_t* n, const float* f) { paged<float>(p, n, f); }
 void paged_bfloat16(void* const* p, const int64_t* n, const float* f) { paged<bf16>(p, n, f); }
+void paged_float32_int8(void* const* p, const int64_t* n, const float* f) { paged<float, int8_t>(p, n, f); }
+void paged_bfloat16_int8(void* const* p, const int64_t* n, const float* f) { paged<bf16, int8_t>(p, n, f); }
 void dense_float32(void* const* p, const int64_t* n, const float* f) { dense<float>(p, n, f); }
 void dense_bfloat16(void* const* p, const int64_t* n, const float* f) { dense<bf16>(p, n, f); }
 void write_kv_float32(void* const* p, const int64_t* n) { write_kv<float>(p, n); }
@@ -182,9 +186,11 @@ class Options:
     sinks: Tensor | None = None
 
     def definition(self, *operands: Tensor, dtype: torch.dtype, bias: Tensor | None = None, is_causal: bool) -> Tensor:
-        """The op itself in another dtype."""
+        """The op itself in another dtype; keys and values that are restored from codes are float32 at least."""
         convert = lambda t: t if t is None or t.dtype == torch.bool else t.to(dtype)  # noqa: E731
-        query, key, value = map(convert, operands)
+        query, key, value = (
+            t if t.dtype == torch.float32 and dtype == torch.bfloat16 else t.to(dtype) for t in operands
+        )
         return attention.definition(
             query, key, value, convert(bias), convert(self.alibi_slopes), convert(self.sinks),
             scale=self.scale, sliding_window=self.sliding_window, logit_softcap=self.logit_softcap, is_causal=is_causal,

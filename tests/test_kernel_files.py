@@ -51,6 +51,8 @@ EDITS = {
     "write_kv": ("+ e0)]", "+ e0 + 1)]"),
     "matmul_int8": ("t1 * t2", "t1 + t2"),
     "paged_attention": ("a.scale = 0.25f", "a.scale = 0.26f"),
+    "paged_attention_int8": ("a.value_scale = b7", "a.value_scale = b7 + 1"),
+    "write_kv_int8": ("std::nearbyint(t", "2 + std::nearbyint(t"),
 }
 
 

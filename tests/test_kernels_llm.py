@@ -27,10 +27,10 @@ def _model(dtype: torch.dtype) -> LlamaForCausalLM:
     return LlamaForCausalLM(CONFIG).to(dtype).eval()
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16", "w8a8"])
+@pytest.fixture(scope="module", params=["float32", "bfloat16", "w8a8", "int8 cache"])
 def llm(request: pytest.FixtureRequest) -> infercomp.LLM:
     dtype = torch.bfloat16 if request.param == "bfloat16" else torch.float32
-    options = {"quantization": "w8a8"} if request.param == "w8a8" else {}
+    options = {"w8a8": {"quantization": "w8a8"}, "int8 cache": {"kv_cache_dtype": "int8"}}.get(request.param, {})
     return infercomp.LLM(_model(dtype), codegen="cpp", num_blocks=64, **options)
 
 
@@ -55,7 +55,7 @@ def _logits(
     block_size, num_blocks = 16 * shuffle.choice([1, 2, 3]), 40
     pools = allocate_pools(llm._served.form.cache_specs, num_blocks, block_size)
     for pool in pools.values():
-        pool.fill_(float("nan") if pool.is_floating_point() else 0)
+        pool.fill_(float("nan") if pool.is_floating_point() else -128)
     free = shuffle.sample(range(num_blocks), num_blocks)
     tables = [[free.pop() for _ in range(-(-len(s) // block_size))] for s in sequences]
     step, done, result = llm._served.with_pools(pools), [0] * len(sequences), {}

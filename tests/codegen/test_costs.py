@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -155,6 +156,14 @@ def test_decoding_reads_every_cached_key_and_value_once() -> None:
     integers = (2 + 7 + 2 + 3) * 8  # blocks of both tables, lengths, starts
     assert cost.num_bytes == queries_and_results + keys_and_values + integers
     assert cost.operations == {"bfloat16": 2 * 6 * 120 * (8 + 8)}
+
+
+def test_a_cache_of_codes_is_read_with_its_scales() -> None:
+    spec, lengths = paged(), [SequenceLengths(1, 20), SequenceLengths(1, 100)]
+    kinds = [torch.bfloat16, torch.int8, torch.int8, *[torch.int64] * 3, *[torch.float32] * 2, torch.bfloat16]
+    codes = replace(spec, buffers=tuple(Buffer(f"b{i}", kind, i == 8) for i, kind in enumerate(kinds)))
+    saved = cost_of(spec, (2, 2, 9, 16), lengths).num_bytes - cost_of(codes, (2, 2, 9, 16), lengths).num_bytes
+    assert saved == (20 + 100) * 2 * ((8 + 8) * (2 - 1) - 2 * 4)
 
 
 def test_a_prompt_sees_half_of_the_square() -> None:

@@ -33,6 +33,26 @@ def test_pools_are_named_and_shaped_per_layer() -> None:
     assert all(not pool.any() for pool in pools.values())
 
 
+def test_codes_have_scales_beside_them() -> None:
+    specs = [KvCacheSpec("layer_0", 2, 8, 4, torch.bfloat16, tile, is_int8=True) for tile in (0, 4)]
+    rows, tiled = (allocate_pools([spec], num_blocks=5, block_size=16) for spec in specs)
+    assert {name: (tuple(pool.shape), pool.dtype) for name, pool in rows.items()} == {
+        "layer_0_key": ((5, 16, 2, 8), torch.int8),
+        "layer_0_key_scale": ((5, 16, 2), torch.float32),
+        "layer_0_value": ((5, 16, 2, 4), torch.int8),
+        "layer_0_value_scale": ((5, 16, 2), torch.float32),
+    }
+    assert {name: tuple(pool.shape) for name, pool in tiled.items()} == {
+        "layer_0_key": (5, 2, 2, 16, 4),
+        "layer_0_key_scale": (5, 2, 16),
+        "layer_0_value": (5, 2, 4, 4, 4),
+        "layer_0_value_scale": (5, 2, 16),
+    }
+    for pools, spec in zip((rows, tiled), specs, strict=True):
+        assert sum(pool.nbytes for pool in pools.values()) == 5 * bytes_per_block([spec], 16)
+    assert specs[0].bytes_per_token == 2 * (8 + 4) + 2 * 2 * 4
+
+
 def test_the_budget_buys_whole_blocks() -> None:
     num_bytes = bytes_per_block(SPECS, 16)
     assert num_blocks_for(SPECS, RuntimeConfig(kv_cache_bytes=3 * num_bytes + 1)) == 3

@@ -21,6 +21,7 @@ from infercomp.codegen.ops import (
 )
 from infercomp.passes.config import PassConfig
 from infercomp.passes.pipeline import run_pipeline
+from infercomp.runtime.kv_pools import Pool
 
 HEADS, KV_HEADS, HEAD_DIM, CHANNELS, OUTPUTS, TOKENS, GROUP = 4, 2, 16, 64, 48, 6, 32
 BLOCKS, BLOCK_SIZE = 8, 16
@@ -93,10 +94,31 @@ class PagedAttention(nn.Module):
         return paged_attention(query, key_cache, value_cache, tables, lengths, starts, scale=0.25, tile=1)
 
 
+class PagedAttentionOverCodes(nn.Module):
+    """The same over a cache of int8."""
+
+    def forward(
+        self, query: Tensor, key_cache: Tensor, value_cache: Tensor, key_scale: Tensor, value_scale: Tensor,
+        tables: Tensor, lengths: Tensor, starts: Tensor,
+    ) -> Tensor:  # fmt: skip
+        operands = (query, key_cache, value_cache, tables, lengths, starts)
+        return paged_attention(*operands, scale=0.25, tile=4, key_scale=key_scale, value_scale=value_scale)
+
+
 class Write(nn.Module):
     """The place of a cache write, which only a pass puts into a graph."""
 
     def forward(self, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> Tensor:
+        return key + value
+
+
+class WriteCodes(nn.Module):
+    """The same for a cache of int8."""
+
+    def forward(
+        self, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor, key_scale: Tensor,
+        value_scale: Tensor,
+    ) -> Tensor:  # fmt: skip
         return key + value
 
 
@@ -107,11 +129,12 @@ def graph_of(name: str) -> ModelGraph:
     model_graph = captured(module, *inputs)
     model_graph.frozen = True
     run_pipeline(model_graph, PassConfig())
-    if name == "write_kv":
+    if name.startswith("write_kv"):
         (anchor,) = model_graph.calls(torch.ops.aten.add.Tensor)
         arguments = [model_graph.placeholder(each) for each in model_graph.input_names]
+        scales = dict(zip(("key_scale", "value_scale"), arguments[5:], strict=False))
         with model_graph.inserting_before(anchor) as emit:
-            emit(write_kv, *arguments, 1)
+            emit(write_kv, *arguments[:5], 4 if scales else 1, **scales)
     return model_graph
 
 
@@ -125,6 +148,13 @@ def _caches() -> tuple[Tensor, Tensor]:
     return key, torch.zeros(BLOCKS, KV_HEADS, BLOCK_SIZE, HEAD_DIM, 1)
 
 
+def _codes() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    pools = [Pool(KV_HEADS, HEAD_DIM, 4, is_key) for is_key in (True, False)]
+    key, value = (torch.zeros(pool.shape(BLOCKS, BLOCK_SIZE), dtype=torch.int8) for pool in pools)
+    key_scale, value_scale = (torch.zeros(pool.scale_shape(BLOCKS, BLOCK_SIZE)) for pool in pools)
+    return key, value, key_scale, value_scale
+
+
 def models() -> dict[str, Model]:
     rows, keys = torch.randn(TOKENS, CHANNELS), torch.randn(TOKENS, KV_HEADS, HEAD_DIM)
     query = torch.randn(1, HEADS, TOKENS, HEAD_DIM)
@@ -133,10 +163,12 @@ def models() -> dict[str, Model]:
     return {
         "loop_reduction": (Norm(), (rows,)),
         "write_kv": (Write(), (keys, keys.clone(), *_caches(), torch.arange(TOKENS))),
+        "write_kv_int8": (WriteCodes(), (keys, keys.clone(), *_codes()[:2], torch.arange(TOKENS), *_codes()[2:])),
         "matmul_float32": (Product(torch.float32), (rows,)),
         "matmul_bfloat16": (Product(torch.bfloat16), (rows.bfloat16(),)),
         "matmul_int8": (Int8Product(), quantized),
         "matmul_int4": (Int4Product(), (rows,)),
         "attention": (Attention(), (query, keys.transpose(0, 1)[None], keys.transpose(0, 1)[None].clone())),
         "paged_attention": (PagedAttention(), (query[0].transpose(0, 1), *_caches(), *placed)),
+        "paged_attention_int8": (PagedAttentionOverCodes(), (query[0].transpose(0, 1), *_codes(), *placed)),
     }

@@ -17,6 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from infercomp.codegen.ops import write_kv
+from infercomp.codegen.ops.quantized import nearest_int8
+from infercomp.runtime.kv_pools import Pool
+
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[str]], ctypes.CDLL]:
@@ -107,6 +111,12 @@ class Cache:
         function = getattr(self.library, f"write_kv_{dtype_name(keys.dtype)}")
         call(function, [keys, values, self.keys, self.values, slots], numbers)
 
+    def function(self, dtype: torch.dtype) -> Callable[..., None]:
+        return getattr(self.library, f"paged_{dtype_name(dtype)}")  # type: ignore[no-any-return]
+
+    def scales(self) -> list[Tensor | None]:
+        return [None, None]
+
     def attend(self, chunks: list[int], options: Options, backwards: bool = False) -> list[Tensor]:
         """The newest `chunks[i]` queries of sequence i: [chunk, H, Dv] each."""
         taken = [
@@ -125,11 +135,14 @@ class Cache:
         numbers += [len(chunks), heads, self.sequences.keys[0].shape[1], dim, value_dim, self.block_size]
         numbers += [options.sliding_window or 0, int(backwards)]
         tensors = [query, self.keys, self.values, output, self.block_tables, torch.tensor(self.lengths), starts]
-        tensors += [options.alibi_slopes, options.sinks]
-        function = getattr(self.library, f"paged_{dtype_name(packed.dtype)}")
-        call(function, tensors, numbers, options.scale, options.logit_softcap or 0.0)
+        tensors += [options.alibi_slopes, options.sinks, *self.scales()]
+        call(self.function(packed.dtype), tensors, numbers, options.scale, options.logit_softcap or 0.0)
         assert (output[tokens:] == 99).all()
         return list(output[:tokens].split(chunks))
+
+    def held(self, rows: Tensor) -> Tensor:
+        """What the cache keeps of rows."""
+        return rows
 
     def is_right(self, outputs: list[Tensor], options: Options) -> bool:
         right = []
@@ -137,15 +150,50 @@ class Cache:
             taken = slice(length - len(output), length)
             operands = [
                 self.sequences.queries[i][taken],
-                self.sequences.keys[i][:length],
-                self.sequences.values[i][:length],
+                self.held(self.sequences.keys[i][:length]),
+                self.held(self.sequences.values[i][:length]),
             ]
             operands = [t.transpose(0, 1)[None] for t in operands]
             right.append(is_right(output.transpose(0, 1)[None], operands, options, is_causal=True))
         return all(right)
 
 
+class Int8Cache(Cache):
+    """The same in codes; what nobody wrote is -128, with a scale of poison."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        (blocks, kv_heads), (dim, value_dim) = self.keys.shape[:2], self.dims()
+        pools = Pool(kv_heads, dim, 4, True), Pool(kv_heads, value_dim, 4, False)
+        self.keys, self.values = (
+            torch.full(pool.shape(blocks, self.block_size), -128, dtype=torch.int8) for pool in pools
+        )
+        self.key_scale, self.value_scale = (
+            torch.full(pool.scale_shape(blocks, self.block_size), self.poison) for pool in pools
+        )
+        for i, length in enumerate(self.lengths):
+            key, value = self.sequences.keys[i][:length], self.sequences.values[i][:length]
+            write_kv(
+                key, value, self.keys, self.values, self.slots(i, length), 4,
+                key_scale=self.key_scale, value_scale=self.value_scale,
+            )  # fmt: skip
+
+    def dims(self) -> tuple[int, int]:
+        return self.sequences.keys[0].shape[2], self.sequences.values[0].shape[2]
+
+    def function(self, dtype: torch.dtype) -> Callable[..., None]:
+        return getattr(self.library, f"paged_{dtype_name(dtype)}_int8")  # type: ignore[no-any-return]
+
+    def scales(self) -> list[Tensor | None]:
+        return [self.key_scale, self.value_scale]
+
+    def held(self, rows: Tensor) -> Tensor:
+        codes, scale = nearest_int8(rows)
+        return codes * scale
+
+
 DIMS = st.sampled_from([2, 8, 16, 24, 30, 32, 64, 80, 96, 128])
+WHOLE_WORDS = st.sampled_from([8, 16, 24, 32, 64, 80, 128])
 
 
 @st.composite
@@ -163,15 +211,17 @@ def options_of(draw: st.DrawFn, heads: int) -> Options:
 LENGTHS = st.one_of(st.integers(1, 40), st.integers(200, 300), st.integers(500, 530))
 
 
-def check_paged_attention(library: ctypes.CDLL, dtype: str, data: st.DataObject) -> None:
+def check_paged_attention(
+    library: ctypes.CDLL, dtype: str, data: st.DataObject, kind: type[Cache] = Cache, dims: st.SearchStrategy = DIMS
+) -> None:
     torch.manual_seed(data.draw(st.integers(0, 1000)))
     kv_heads = data.draw(st.integers(1, 3))
     heads = kv_heads * data.draw(st.sampled_from([1, 2, 3, 4, 5, 7, 8, 9, 13]))
     lengths = data.draw(st.lists(LENGTHS, min_size=1, max_size=3))
     chunks = [data.draw(st.one_of(st.just(1), st.integers(0, length))) for length in lengths]
     options = data.draw(options_of(heads))
-    sequences = Sequences.random(lengths, heads, kv_heads, data.draw(DIMS), data.draw(DIMS), DTYPES[dtype])
-    cache = Cache(library, sequences, lengths, data.draw(st.sampled_from([16, 32, 48])))
+    sequences = Sequences.random(lengths, heads, kv_heads, data.draw(dims), data.draw(dims), DTYPES[dtype])
+    cache = kind(library, sequences, lengths, data.draw(st.sampled_from([16, 32, 48])))
     if sum(chunks):
         assert cache.is_right(cache.attend(chunks, options, data.draw(st.booleans())), options)
 
@@ -191,7 +241,9 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
     return torch.equal(bits(left), bits(right))
 
 
-def check_bits(library: ctypes.CDLL, dtype: str, data: st.DataObject) -> None:
+def check_bits(
+    library: ctypes.CDLL, dtype: str, data: st.DataObject, kind: type[Cache] = Cache, dims: st.SearchStrategy = DIMS
+) -> None:
     """Whatever the chunks of a prompt, the blocks, the other sequences and what lies behind and around them."""
     torch.manual_seed(data.draw(st.integers(0, 1000)))
     kv_heads = data.draw(st.integers(1, 2))
@@ -199,10 +251,10 @@ def check_bits(library: ctypes.CDLL, dtype: str, data: st.DataObject) -> None:
     length = data.draw(st.one_of(st.integers(2, 70), st.integers(505, 540)))
     others = data.draw(st.lists(st.integers(1, 50), max_size=2))
     options = data.draw(options_of(heads))
-    dim, value_dim = data.draw(DIMS), data.draw(DIMS)
+    dim, value_dim = data.draw(dims), data.draw(dims)
     sequences = Sequences.random([length, *others], heads, kv_heads, dim, value_dim, DTYPES[dtype])
     alone = Sequences(sequences.queries[:1], sequences.keys[:1], sequences.values[:1])
-    expected = Cache(library, alone, [length], 16).attend([length], options)[0]
+    expected = kind(library, alone, [length], 16).attend([length], options)[0]
     cuts = sorted({0, length - 1, length, *data.draw(st.lists(st.integers(0, length), max_size=2))})
     for first, end in pairwise(cuts):
         block_size = data.draw(st.sampled_from([16, 32, 48]))
@@ -210,9 +262,8 @@ def check_bits(library: ctypes.CDLL, dtype: str, data: st.DataObject) -> None:
         together = data.draw(st.booleans())
         chosen, lengths = (sequences, [end, *others]) if together else (alone, [end])
         chunks = [end - first, *[data.draw(st.integers(0, n)) for n in lengths[1:]]]
-        output = Cache(library, chosen, lengths, block_size, poison).attend(chunks, options, data.draw(st.booleans()))[
-            0
-        ]
+        cache = kind(library, chosen, lengths, block_size, poison)
+        output = cache.attend(chunks, options, data.draw(st.booleans()))[0]
         assert same_bits(output, expected[first:end]), (first, end)
 
 
@@ -221,6 +272,28 @@ def check_bits(library: ctypes.CDLL, dtype: str, data: st.DataObject) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bits_of_a_row_are_its_own(library: ctypes.CDLL, dtype: str, data: st.DataObject) -> None:
     check_bits(library, dtype, data)
+
+
+@given(data=st.data())
+@settings(max_examples=15)
+def test_attention_over_codes_is_its_definition(library: ctypes.CDLL, data: st.DataObject) -> None:
+    check_paged_attention(library, data.draw(st.sampled_from(sorted(DTYPES))), data, Int8Cache, WHOLE_WORDS)
+
+
+@given(data=st.data())
+@settings(max_examples=15)
+def test_bits_of_a_row_over_codes_are_its_own(library: ctypes.CDLL, data: st.DataObject) -> None:
+    check_bits(library, data.draw(st.sampled_from(sorted(DTYPES))), data, Int8Cache, WHOLE_WORDS)
+
+
+@pytest.mark.parametrize("scale", ["key_scale", "value_scale"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_scale_of_the_neighbouring_token_is_caught(library: ctypes.CDLL, dtype: str, scale: str) -> None:
+    torch.manual_seed(0)
+    cache = Int8Cache(library, Sequences.random([70], 2, 1, 32, 32, DTYPES[dtype]), [70], 16)
+    assert cache.is_right(cache.attend([60], Options()), Options())
+    setattr(cache, scale, getattr(cache, scale).roll(1, 2))
+    assert not cache.is_right(cache.attend([60], Options()), Options())
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])

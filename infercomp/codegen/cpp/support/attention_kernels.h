@@ -158,6 +158,11 @@ __attribute__((noinline)) void compute_scores(const Left<T>* queries, int64_t he
             }
             right[column] = keys[index / UNIT_REGISTERS] + index % UNIT_REGISTERS * (NATIVE_LANES * PAIR<T>);
             ahead[column] = right[column] + 4 * key_step;
+            if constexpr (IS_CODES<T>) {
+                // A unit is short: those that come next are fetched whole.
+                const int64_t next = std::min(first + column + COLUMNS, registers - 1);
+                ahead[column] = keys[next / UNIT_REGISTERS] + next % UNIT_REGISTERS * (NATIVE_LANES * PAIR<T>);
+            }
         }
         native_f32 sums[ROWS][COLUMNS] = {};
         const Left<T>* left = queries;

@@ -7,7 +7,7 @@ namespace infercomp {
 // ops: infercomp.attention.default
 // nodes: attention
 // operands: b0 = query, b1 = key, b2 = value, b3 = attention
-// cpp/golden_models.py:84 in forward: return attention(query, key, value, scale=0.25, is_causal=True)
+// cpp/golden_models.py:85 in forward: return attention(query, key, value, scale=0.25, is_causal=True)
 static DenseAttention<float> attention_0967dbb26e75_arguments(void* const* operands, const int64_t* sizes) {
     const float* b0 = static_cast<const float*>(operands[0]);
     const float* b1 = static_cast<const float*>(operands[1]);

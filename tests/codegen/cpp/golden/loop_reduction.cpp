@@ -7,7 +7,7 @@ namespace infercomp {
 // ops: infercomp.rms_norm.default
 // nodes: rms_norm
 // operands: b0 = rows, b1 = p_weight, b2 = rms_norm
-// cpp/golden_models.py:38 in forward: return rms_norm(rows, self.weight, 1e-5)
+// cpp/golden_models.py:39 in forward: return rms_norm(rows, self.weight, 1e-5)
 static int64_t loop_df6bd4daa6f1_tasks(void* const*, const int64_t* sizes) {
     return divide_up(6, rows_per_task(64, 8192));
 }

@@ -8,7 +8,7 @@ namespace infercomp {
 // ops: infercomp.linear.default
 // nodes: linear
 // operands: b0 = rows, b1 = packed p_weight, b2 = p_bias, b3 = linear
-// cpp/golden_models.py:50 in forward: return linear(rows, self.weight, self.bias)
+// cpp/golden_models.py:51 in forward: return linear(rows, self.weight, self.bias)
 static Product matmul_c419e9cafbaa_product(const int64_t* sizes) {
     return {6, divide_up(48, 32), 64, 64, 1};
 }

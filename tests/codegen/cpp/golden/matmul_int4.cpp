@@ -8,7 +8,7 @@ namespace infercomp {
 // ops: infercomp.int4_weight_linear.default
 // nodes: int4_weight_linear
 // operands: b0 = rows, b1 = packed b_weight, b2 = int4_weight_linear
-// cpp/golden_models.py:77 in forward: return int4_weight_linear(rows, self.weight, self.scale, self.zero, None, GROUP)
+// cpp/golden_models.py:78 in forward: return int4_weight_linear(rows, self.weight, self.scale, self.zero, None, GROUP)
 static Product matmul_058d8928e313_product(const int64_t* sizes) {
     return {6, divide_up(48, 32), 64, 64, 2};
 }

@@ -8,7 +8,7 @@ namespace infercomp {
 // ops: infercomp.int8_linear.default
 // nodes: int8_linear
 // operands: b0 = quantized, b1 = packed b_weight, b2 = sums, b3 = scale, b4 = b_scale, b5 = int8_linear
-// cpp/golden_models.py:63 in forward: return int8_linear(quantized, scale, sums, self.weight, self.scale, None, torch.float32)
+// cpp/golden_models.py:64 in forward: return int8_linear(quantized, scale, sums, self.weight, self.scale, None, torch.float32)
 static Product matmul_e6aa4cd0e9b1_product(const int64_t* sizes) {
     return {6, divide_up(48, 32), 64, 64, 1};
 }

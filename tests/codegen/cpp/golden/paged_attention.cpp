@@ -7,7 +7,7 @@ namespace infercomp {
 // ops: infercomp.paged_attention.default
 // nodes: paged_attention
 // operands: b0 = query, b1 = key_cache, b2 = value_cache, b3 = tables, b4 = lengths, b5 = starts, b6 = paged_attention
-// cpp/golden_models.py:93 in forward: return paged_attention(query, key_cache, value_cache, tables, lengths, starts, scale=0.25, tile=1)
+// cpp/golden_models.py:94 in forward: return paged_attention(query, key_cache, value_cache, tables, lengths, starts, scale=0.25, tile=1)
 static PagedAttention<float> paged_attention_bb31e190900f_arguments(void* const* operands, const int64_t* sizes) {
     const float* b0 = static_cast<const float*>(operands[0]);
     const float* b1 = static_cast<const float*>(operands[1]);

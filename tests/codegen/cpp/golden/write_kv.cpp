@@ -7,7 +7,7 @@ namespace infercomp {
 // ops: infercomp.write_kv.default
 // nodes: write_kv_default
 // operands: b0 = key, b1 = value, b2 = slots, b3 = key_cache, b4 = value_cache
-// cpp/golden_models.py:100 in forward: return key + value
+// cpp/golden_models.py:112 in forward: return key + value
 static int64_t loop_3e35c123f976_tasks(void* const*, const int64_t* sizes) {
     return divide_up(12, rows_per_task(16, 8192));
 }
