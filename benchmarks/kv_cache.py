@@ -1,8 +1,8 @@
 """What a KV cache in int8 costs and brings on SmolLM2: divergence from float32, bytes a token, decoding speed.
 
-Quality is measured as `quantization.py` does it, on 4,096 tokens in windows of 512; weights are not quantised. For speed
-both models are loaded side by side, and their decoding steps at a long context take turns, a few of the one and a few
-of the other, so that whatever else the machine does slows both; times are medians.
+Quality is measured as `quantization.py` does it, on 4,096 tokens in windows of 512; weights are not quantised. For
+speed both models are loaded side by side, and their decoding steps at a long context take turns, a few of the one and
+a few of the other, so that whatever else the machine does slows both; times are medians.
 
     python benchmarks/kv_cache.py --quality --output benchmarks/results/kv_cache.json
     python benchmarks/kv_cache.py --speed --output benchmarks/results/kv_cache.json    (keeps what the file holds)

@@ -55,12 +55,14 @@ def build_kernels(model: torch.nn.Module, target: str, folder: Path, config: Con
 
     Writes each kernel's text and binary and ``manifest.json``. Raises KernelCompileError for a target that
     Triton does not know or a kernel that does not compile, BuildError for a folder that cannot be written,
-    ConfigError for a cache layout that no Triton kernel reads, and what capturing raises.
+    ConfigError for a cache that no Triton kernel reads, and what capturing raises.
     """
     gpu_target(target)
     if config.passes.kv_cache_layout == "tiled":
         remedy = 'leave it "auto"'
         raise ConfigError("Triton kernels read a cache in rows", field="kv_cache_layout", remedy=remedy)
+    if config.passes.kv_cache_dtype != "auto":
+        raise ConfigError("no Triton kernel reads a cache of int8", field="kv_cache_dtype", remedy='leave it "auto"')
     captured, examples = capture_for_serving(model.eval(), position_limit(model))
     passes = replace(config.passes, kv_cache_layout="rows")
     run_pipeline(captured, passes, serving=True, example_inputs=examples)

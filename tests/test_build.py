@@ -86,6 +86,8 @@ def test_what_cannot_be_built_is_a_typed_error(model: LlamaForCausalLM, tmp_path
         build_kernels(model, "vulkan:1", tmp_path, parse_options({}))
     with pytest.raises(ConfigError, match="rows"):
         build_kernels(model, "cuda:90", tmp_path, parse_options({"kv_cache_layout": "tiled"}))
+    with pytest.raises(ConfigError, match="int8"):
+        build_kernels(model, "cuda:90", tmp_path, parse_options({"kv_cache_dtype": "int8"}))
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(BuildError, match="cannot be written"):
         build_kernels(model, "cuda:90", tmp_path / "file" / "folder", parse_options({}))
