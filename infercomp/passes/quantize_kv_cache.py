@@ -20,7 +20,7 @@ from ..codegen.model_graph import ModelGraph, value_of
 from ..codegen.ops import paged_attention, write_kv
 from ..codegen.ops.paged_attention import tile_of
 from ..runtime.kv_pools import Pool
-from .graph_pass import LOSSY, Pass, PassContext
+from .graph_pass import LOSSY, InputAdapter, Pass, PassContext
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def _rounded_layer(model_graph: ModelGraph, keys: fx.Node, values: fx.Node, tile
     return layer[0], layer[1]
 
 
-def _adapter(rounded: list[_Rounded]):  # type: ignore[no-untyped-def]
+def _adapter(rounded: list[_Rounded]) -> InputAdapter:
     """Inputs of a step with its caches in codes, all zero."""
 
     def adapt(inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -275,13 +275,13 @@ def test_bits_of_a_row_are_its_own(library: ctypes.CDLL, dtype: str, data: st.Da
 
 
 @given(data=st.data())
-@settings(max_examples=15)
+@settings(max_examples=10)
 def test_attention_over_codes_is_its_definition(library: ctypes.CDLL, data: st.DataObject) -> None:
     check_paged_attention(library, data.draw(st.sampled_from(sorted(DTYPES))), data, Int8Cache, WHOLE_WORDS)
 
 
 @given(data=st.data())
-@settings(max_examples=15)
+@settings(max_examples=10)
 def test_bits_of_a_row_over_codes_are_its_own(library: ctypes.CDLL, data: st.DataObject) -> None:
     check_bits(library, data.draw(st.sampled_from(sorted(DTYPES))), data, Int8Cache, WHOLE_WORDS)
 
