@@ -6,9 +6,11 @@ compiler; those of kernels say ``codegen="cpp"``, and test_default_codegen.py wh
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 settings.register_profile("infercomp", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -18,3 +20,10 @@ os.environ.setdefault("INFERCOMP_CODEGEN", "reference")
 
 # torch writes a line a tensor here, which pytest would collect and print with every failure.
 logging.getLogger("torch.__trace").propagate = False
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_heap() -> None:
+    """Half a million objects of torch and transformers are no garbage: collecting, as every ``LLM`` does, skips them."""
+    gc.collect()
+    gc.freeze()
