@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pytest
 import torch
 from families import DECODERS, VOCAB_SIZE
-from graph_testing import outputs
+from graph_testing import copied, outputs
 from small_llm import byte_model, byte_tokenizer
 from torch import nn
 
@@ -72,8 +72,18 @@ def smooth(
     return record
 
 
+@cache
+def recognized_with_outliers(family: str, factor: float) -> tuple[ModelGraph, dict[str, torch.Tensor]]:
+    return recognized(plant_outliers(DECODERS[family].build(DECODERS[family].attn_implementations[0]), factor))
+
+
+def with_outliers(family: str, factor: float = 100.0) -> tuple[ModelGraph, dict[str, torch.Tensor]]:
+    model_graph, examples = recognized_with_outliers(family, factor)
+    return copied(model_graph), examples
+
+
 def llama(factor: float = 100.0) -> tuple[ModelGraph, dict[str, torch.Tensor]]:
-    return recognized(plant_outliers(DECODERS["llama"].build("sdpa"), factor))
+    return with_outliers("llama", factor)
 
 
 # Inputs of linears whose scales are folded, of two layers: before q, k and v; before o; of the MLP; before the head.
@@ -85,8 +95,7 @@ MATCHES = {
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_folding_is_an_identity_in_every_family(name: str) -> None:
-    family = DECODERS[name]
-    model_graph, examples = recognized(plant_outliers(family.build(family.attn_implementations[0])))
+    model_graph, examples = with_outliers(name)
     before = dict(model_graph.weights)
     record = smooth(model_graph, examples)
     assert record.matches == MATCHES[name]
@@ -124,9 +133,9 @@ def test_a_planted_bug_is_caught(
     family: str, place: str, bug: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(f"infercomp.passes.smooth_activations.{place}", bug)
-    model = plant_outliers(DECODERS[family].build(DECODERS[family].attn_implementations[0]))
+    model_graph, examples = with_outliers(family)
     with pytest.raises(VerificationError, match="smooth_activations is declared exact"):
-        smooth(*recognized(model))
+        smooth(model_graph, examples)
 
 
 def spread_of_inputs(model_graph: ModelGraph) -> dict[str, float]:
