@@ -27,7 +27,8 @@ demo: $(DEMO_STAMP) ## Serve a small real model on this machine.
 
 test: lint ## Run all checks: lint, format, types, tests. What a change has to pass.
 	@# Compiling is work of one thread: two processes use two cores better than one process with two threads.
-	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -q -n 2 --dist loadfile
+	@# tests/conftest.py says which files begin first.
+	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(TEST_STAMP) ## Check style, format and types without changing a file.
 	$(VENV_PYTHON) -m ruff check .

@@ -21,9 +21,23 @@ os.environ.setdefault("INFERCOMP_CODEGEN", "reference")
 # torch writes a line a tensor here, which pytest would collect and print with every failure.
 logging.getLogger("torch.__trace").propagate = False
 
+# Each takes half a minute and more: begun last, one would leave a second process with nothing to do.
+BEGIN_FIRST = frozenset(
+    f"test_{name}.py"
+    for name in (
+        "artifact", "backend", "bench", "caches", "cli", "families_compile", "families_llm", "gemm", "gguf_loader",
+        "interchange", "interpreted", "kernel_prefetch", "kernels", "kernels_llm", "quantize_linears",
+        "recognize_attention", "smollm2", "smooth_activations",
+    )
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in BEGIN_FIRST)
+
 
 @pytest.fixture(scope="module", autouse=True)
 def small_heap() -> None:
-    """Half a million objects of torch and transformers are no garbage: collecting, as every ``LLM`` does, skips them."""
+    """Collecting, as every ``LLM`` does, skips half a million objects of torch and what earlier files left behind."""
     gc.collect()
     gc.freeze()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -35,8 +36,13 @@ from infercomp.stored_recipe import require_all_found
 TOKENS = list(range(3, 40))
 
 
+@functools.cache
+def quantized(quantization: str) -> LLM:
+    return LLM(byte_model(), byte_tokenizer(), num_blocks=8, quantization=quantization)
+
+
 def saved(folder: Path, quantization: str) -> tuple[LLM, Path]:
-    llm = LLM(byte_model(), byte_tokenizer(), num_blocks=8, quantization=quantization)
+    llm = quantized(quantization)
     llm.save(folder)
     return llm, folder
 

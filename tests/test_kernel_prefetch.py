@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from references import greedy_tokens
 from torch import nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
@@ -17,8 +18,10 @@ SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
     "vocab_size": 64, "max_position_embeddings": 64,
 }  # fmt: skip
-PROMPT = [{"prompt_token_ids": [3, 1, 4, 1, 5]}]
-GREEDY = infercomp.SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
+TOKENS = [3, 1, 4, 1, 5]
+PROMPT = [{"prompt_token_ids": TOKENS}]
+NUM_TOKENS = 6
+GREEDY = infercomp.SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
 
 
 def _llama(num_layers: int = 8) -> nn.Module:
@@ -62,20 +65,20 @@ def test_the_guess_is_the_library_that_lowering_wants(build: type, tmp_path: Pat
     guessed = prefetch_kernels(model, parse_options(options))
     assert guessed is not None
     library = guessed.result()
-    expected = infercomp.LLM(model, codegen="reference", num_blocks=16).generate(PROMPT, GREEDY, use_tqdm=False)
+    expected = greedy_tokens(model, TOKENS, NUM_TOKENS)
     got = infercomp.LLM(model, **options).generate(PROMPT, GREEDY, use_tqdm=False)
-    assert got[0].outputs[0].token_ids == expected[0].outputs[0].token_ids
+    assert got[0].outputs[0].token_ids == expected
     assert library.exists() and _libraries(tmp_path) == 2  # the kernels and what runs them
     assert prefetch_kernels(model, parse_options(options)) is None, "what is built already is not guessed again"
 
 
 def test_a_wrong_guess_costs_time_and_nothing_else(tmp_path: Path) -> None:
     model = _secretly_odd()
-    expected = infercomp.LLM(model, codegen="reference", num_blocks=16).generate(PROMPT, GREEDY, use_tqdm=False)
+    expected = greedy_tokens(model, TOKENS, NUM_TOKENS)
     got = infercomp.LLM(model, codegen="cpp", cache_dir=str(tmp_path), num_blocks=16).generate(
         PROMPT, GREEDY, use_tqdm=False
     )
-    assert got[0].outputs[0].token_ids == expected[0].outputs[0].token_ids
+    assert got[0].outputs[0].token_ids == expected
     assert _libraries(tmp_path) == 3
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -204,14 +205,19 @@ def _wait_for_children(parent: int) -> list[int]:
     raise AssertionError("no worker was started")
 
 
-def test_a_worker_computes_nothing_while_it_waits(model: str, tmp_path: Path) -> None:
-    with Worker("eager", "infercomp.bench.workers.eager_worker", tmp_path) as worker:
-        worker.ask("load", model=model, dtype="float32", threads=2)
-        worker.ask("decode", prompts=[[1, 2, 3]], num_steps=8)
-        time.sleep(0.3)  # threads that spin for a while after their work have stopped
-        before = _processor_ticks(worker._process.pid)
-        time.sleep(0.5)
-        assert _processor_ticks(worker._process.pid) - before <= 1
+@pytest.fixture(scope="module")
+def eager_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    with Worker("eager", "infercomp.bench.workers.eager_worker", tmp_path_factory.mktemp("eager")) as worker:
+        yield worker
+
+
+def test_a_worker_computes_nothing_while_it_waits(model: str, eager_worker: Worker) -> None:
+    eager_worker.ask("load", model=model, dtype="float32", threads=2)
+    eager_worker.ask("decode", prompts=[[1, 2, 3]], num_steps=8)
+    time.sleep(0.3)  # threads that spin for a while after their work have stopped
+    before = _processor_ticks(eager_worker._process.pid)
+    time.sleep(0.5)
+    assert _processor_ticks(eager_worker._process.pid) - before <= 1
 
 
 def _processor_ticks(pid: int) -> int:
@@ -226,12 +232,9 @@ def test_a_worker_that_dies_is_an_error_that_shows_its_last_words(tmp_path: Path
         assert raised.value.where == "nothing"
 
 
-def test_an_error_of_infercomp_keeps_its_type(tmp_path: Path) -> None:
-    with (
-        Worker("eager", "infercomp.bench.workers.eager_worker", tmp_path) as worker,
-        pytest.raises(ModelLoadError, match=r"config\.json"),
-    ):
-        worker.ask("load", model=str(tmp_path), dtype="float32", threads=1)
+def test_an_error_of_infercomp_keeps_its_type(tmp_path: Path, eager_worker: Worker) -> None:
+    with pytest.raises(ModelLoadError, match=r"config\.json"):
+        eager_worker.ask("load", model=str(tmp_path), dtype="float32", threads=1)
 
 
 def test_a_python_without_infercomp_is_lent_the_package_alone(tmp_path: Path) -> None:
