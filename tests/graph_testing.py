@@ -69,6 +69,8 @@ def copied(model_graph: ModelGraph) -> ModelGraph:
         model_graph,
         graph_module=fx.GraphModule(model_graph.graph_module, graph),
         weights=copy.deepcopy(model_graph.weights),
+        weight_sources=dict(model_graph.weight_sources),
+        stored_integers=dict(model_graph.stored_integers),
         known_values=dict(model_graph.known_values),
     )
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from typing import Any
 
 import pytest
 import torch
+from graph_testing import copied
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_llm import byte_model, byte_tokenizer
@@ -39,6 +41,12 @@ SMALL = "p_model_model_layers_1_self_attn_k_proj_weight"
 
 
 def recognized() -> tuple[ModelGraph, dict[str, torch.Tensor]]:
+    model_graph, examples = _recognized_once()
+    return copied(model_graph), examples
+
+
+@functools.cache
+def _recognized_once() -> tuple[ModelGraph, dict[str, torch.Tensor]]:
     model_graph, examples = capture_for_serving(byte_model(), position_limit(byte_model()))
     run_pipeline(model_graph, PassConfig(), pipeline=BEFORE)
     return model_graph, examples

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import pytest
 import torch
 from families import DECODERS, VOCAB_SIZE
-from graph_testing import outputs
+from graph_testing import copied, outputs
 from small_llm import byte_model, byte_tokenizer
 
 from infercomp import LLM
@@ -42,6 +43,12 @@ CALIBRATION = Calibration(samples())
 
 def recognized(family: str = "llama") -> tuple[ModelGraph, dict[str, torch.Tensor]]:
     """The graph as the pass meets it, and example inputs."""
+    model_graph, examples = _recognized_once(family)
+    return copied(model_graph), examples
+
+
+@functools.cache
+def _recognized_once(family: str) -> tuple[ModelGraph, dict[str, torch.Tensor]]:
     model = DECODERS[family].build(DECODERS[family].attn_implementations[0])
     model_graph, examples = capture_for_serving(model, position_limit(model))
     run_pipeline(model_graph, PassConfig(), pipeline=BEFORE)

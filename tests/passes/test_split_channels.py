@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pytest
 import torch
 from families import DECODERS, VOCAB_SIZE
+from graph_testing import copied
 from small_llm import byte_model, byte_tokenizer
 from torch import fx, nn
 
@@ -73,8 +74,14 @@ def split(
     return record
 
 
-def planted() -> tuple[ModelGraph, dict[str, torch.Tensor]]:
+@cache
+def _planted_once() -> tuple[ModelGraph, dict[str, torch.Tensor]]:
     return recognized(plant_outliers(byte_model(), 100.0))
+
+
+def planted() -> tuple[ModelGraph, dict[str, torch.Tensor]]:
+    model_graph, examples = _planted_once()
+    return copied(model_graph), examples
 
 
 def weight_named(model_graph: ModelGraph, *parts: str) -> torch.Tensor:
