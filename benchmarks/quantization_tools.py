@@ -168,7 +168,9 @@ def llama_logits(path: Path) -> Iterator[Logits]:
 
 def llama_bits(path: Path) -> float:
     """Bits a weight of the linears that the file holds."""
-    linears = [each for name, each in read_gguf_file(path).tensors.items() if name.startswith("blk.") and len(each.shape) == 2]
+    linears = [
+        each for name, each in read_gguf_file(path).tensors.items() if name.startswith("blk.") and len(each.shape) == 2
+    ]
     return 8 * sum(each.num_bytes for each in linears) / sum(each.shape[0] * each.shape[1] for each in linears)
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from infercomp.config import Config as Config
     from infercomp.explain import explain as explain
     from infercomp.llm import LLM as LLM
+    from infercomp.passes.grouped_query import GroupedQuery as GroupedQuery
     from infercomp.passes.linear_recipes import W4A8 as W4A8
     from infercomp.passes.linear_recipes import W4A16 as W4A16
     from infercomp.passes.linear_recipes import W8A8 as W8A8
@@ -46,6 +47,7 @@ _MODULE_OF = {
     "Config": "infercomp.config",
     "explain": "infercomp.explain",
     "LLM": "infercomp.llm",
+    "GroupedQuery": "infercomp.passes.grouped_query",
     "HAWQ": "infercomp.passes.recipes",
     "LayerRecipes": "infercomp.passes.recipes",
     "GPTQ": "infercomp.passes.rounding",

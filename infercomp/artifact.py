@@ -38,6 +38,7 @@ from .loading.compressed_tensors import (
 )
 from .loading.safetensors_file import StoredTensor, read_safetensors_header
 from .passes.config import PassConfig
+from .passes.grouped_query import GroupedQuery
 from .passes.linear_recipes import Recipe
 from .report import Report
 from .runtime.config import describe
@@ -229,7 +230,9 @@ def _activation_bits(passes: PassConfig) -> ActivationBits:
 
 def _saved_options(passes: PassConfig) -> dict[str, Any]:
     values = {each.name: getattr(passes, each.name) for each in dataclasses.fields(passes)}
-    return {name: value.to_json() if isinstance(value, Recipe) else value for name, value in values.items()}
+    return {
+        name: value.to_json() if isinstance(value, (GroupedQuery, Recipe)) else value for name, value in values.items()
+    }
 
 
 def _unwritable(folder: Path, error: OSError) -> ConfigError:
@@ -271,8 +274,8 @@ def _with_saved_options(config: Config, manifest: Manifest) -> Config:
     saved = type(config.passes)(**{name: _frozen(value) for name, value in manifest.passes.items()})
     for each in dataclasses.fields(saved):
         asked, has = getattr(config.passes, each.name), getattr(saved, each.name)
-        is_same = config.passes.recipe == saved.recipe if each.name == "quantization" else asked == has
-        if asked != each.default and not is_same:
+        canonical = each.metadata.get("fingerprint", lambda value: value)
+        if asked != each.default and canonical(asked) != canonical(has):
             raise _fixed(each.name, asked, has)
     if config.codegen.codegen not in ("auto", manifest.program.language):
         raise _fixed("codegen", config.codegen.codegen, manifest.program.language)

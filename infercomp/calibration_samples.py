@@ -11,6 +11,7 @@ import torch
 
 from .calibration_folder import CalibrationFolder
 from .passes.calibration import Calibration
+from .passes.grouped_query import GroupedQuery
 from .passes.linear_recipes import Recipe
 from .progress import work_progress
 from .runtime.config import describe
@@ -30,15 +31,16 @@ def calibration_for(
     *,
     vocab_size: int | None,
     max_positions: int | None,
+    kv_heads: GroupedQuery | None = None,
     folder: str | os.PathLike[str] | None = None,
 ) -> Calibration | None:
-    """The samples that a recipe needs, in windows of at most 512 tokens; None where it needs none.
+    """The samples that a recipe or ``kv_heads`` needs, in windows of at most 512 tokens; None where none are needed.
 
     ``data`` is the name of a text file, a list of texts, a tensor of token ids [tokens] or [samples, tokens], or a list
     of such; ``examples`` are inputs that the graph was captured with. Raises ConfigError for data of another form, of
-    fewer than 128 tokens, with ids that the model does not have, that are missing or that no recipe asks for.
+    fewer than 128 tokens, with ids that the model does not have, that are missing or that nothing asks for.
     """
-    require_calibration(recipe, is_given=data is not None)
+    require_calibration(recipe, is_given=data is not None, kv_heads=kv_heads)
     if data is None:
         if folder is not None:
             what = "there is nothing to keep: no recipe asks for calibration data"
@@ -49,13 +51,15 @@ def calibration_for(
     return Calibration(tuple(_inputs(part, examples) for part in windows), work_progress, measured)
 
 
-def require_calibration(recipe: Recipe | None, *, is_given: bool) -> None:
-    """Raise ConfigError where data are missing that a recipe needs, or given that none asks for."""
-    is_needed = recipe is not None and recipe.needs_calibration
+def require_calibration(recipe: Recipe | None, *, is_given: bool, kv_heads: GroupedQuery | None = None) -> None:
+    """Raise ConfigError where data are missing that a recipe or ``kv_heads`` needs, or given that nothing asks for."""
+    has_aligned_heads = kv_heads is not None and kv_heads.needs_calibration
+    is_needed = has_aligned_heads or (recipe is not None and recipe.needs_calibration)
     if is_given and not is_needed:
         raise _error("no recipe asks for calibration data", "leave it out, or choose a recipe such as w8a8-smoothquant")
     if is_needed and not is_given:
-        raise _error("the recipe needs calibration data", _REMEDY)
+        what = "kv_heads with aligned heads needs" if has_aligned_heads else "the recipe needs"
+        raise _error(f"{what} calibration data", _REMEDY)
 
 
 def evaluation_for(

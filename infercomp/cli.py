@@ -19,6 +19,8 @@ from infercomp.bench.command import EPILOG as BENCH_EPILOG
 from infercomp.bench.command import bench
 from infercomp.compare_command import EPILOG as COMPARE_EPILOG
 from infercomp.compare_command import compare
+from infercomp.convert_attention_command import EPILOG as CONVERT_EPILOG
+from infercomp.convert_attention_command import convert_attention
 from infercomp.dump_command import dump_kernels
 from infercomp.quantize_command import EPILOG as QUANTIZE_EPILOG
 from infercomp.quantize_command import quantize
@@ -240,6 +242,7 @@ app.command("dump", epilog="[bold]Example[/]\n\ninfercomp dump demo -o stages")(
 app.command(epilog=BENCH_EPILOG)(bench)
 app.command(epilog=SAVE_EPILOG)(save)
 app.command(epilog=QUANTIZE_EPILOG)(quantize)
+app.command(epilog=CONVERT_EPILOG)(convert_attention)
 app.command(epilog=COMPARE_EPILOG)(compare)
 
 

@@ -76,6 +76,8 @@ def print_accounts(accounts: Sequence[Account], console: Console) -> None:
     console.print(table)
     quality, size = accounts[0].quality, accounts[0].size
     line = f"{quality.num_tokens} tokens; {size.kv_bytes_per_token} bytes of cache a token in the reference"
+    others = [each for each in accounts[1:] if each.size.kv_bytes_per_token != size.kv_bytes_per_token]
+    line += "".join(f", {each.size.kv_bytes_per_token} in {each.name}" for each in others)
     console.print(line, style="dim", highlight=False)
     for each in accounts:
         print_layer_errors(each.layer_errors, console)

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import gc
-from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from infercomp.compare_command import (
-    MOST_EVAL_TOKENS,
-    EvalTokensOption,
-    JsonOption,
-    PlotOption,
-    SpeedOption,
-    report_accounts,
-    require_outputs,
-)
-from infercomp.runtime.config import MEBIBYTE, require_int
+from infercomp.compare_command import EvalTokensOption, JsonOption, PlotOption, SpeedOption
+from infercomp.made_model import CalibrationFolderOption, CalibrationOption, EvaluationOption, make_and_measure
 from infercomp.shell_arguments import MODEL_PANEL, DebugOption, DtypeOption, ModelArgument, errors_shown
-from infercomp.shell_input import checked_options, resolve_model, torch_dtype
+from infercomp.shell_input import checked_options
+from infercomp.texts import Texts
 
 EPILOG = """[bold]Examples[/]
 
@@ -30,8 +20,6 @@ infercomp quantize ./my-model -o my-model-w4 --recipe w4a16-gptq --calibration t
 
 infercomp quantize demo -o smol-w8a8 --recipe '{"recipe": "w8a8", "smooth_alpha": 0.6}' --calibration text.txt"""
 
-_TEXTS = "Texts"
-
 
 def quantize(
     model: ModelArgument,
@@ -39,34 +27,9 @@ def quantize(
     recipe: Annotated[
         str, typer.Option(metavar="NAME|JSON", help="How to quantise: w8a8, w4a16-g64 …, or a recipe's JSON.")
     ],
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            help="Text that the recipe learns from, if it needs any.",
-            show_default=False,
-            rich_help_panel=_TEXTS,
-        ),
-    ] = None,
-    calibration_folder: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DIR",
-            help="Keep what that text shows, layer by layer: the command goes on there after it was cut off.",
-            show_default=False,
-            rich_help_panel=_TEXTS,
-        ),
-    ] = None,
-    evaluation: Annotated[
-        str | None,
-        typer.Option(
-            "--eval",
-            metavar="FILE",
-            help="Text to measure on: print what quantising cost.",
-            show_default=False,
-            rich_help_panel=_TEXTS,
-        ),
-    ] = None,
+    calibration: CalibrationOption = None,
+    calibration_folder: CalibrationFolderOption = None,
+    evaluation: EvaluationOption = None,
     eval_tokens: EvalTokensOption = 4096,
     speed: SpeedOption = True,
     json_file: JsonOption = None,
@@ -84,33 +47,5 @@ def quantize(
     """
     with errors_shown(debug):
         options = {**checked_options(option), "quantization": recipe}
-        most_tokens = require_int(eval_tokens, "eval_tokens", 128, MOST_EVAL_TOKENS)
-        require_outputs(json_file, plot, evaluation)
-        from infercomp.calibration_samples import require_calibration, text_of
-        from infercomp.config import parse_options
-
-        require_calibration(parse_options(options).passes.recipe, is_given=calibration is not None)
-        for field, path in (("calibration", calibration), ("evaluation", evaluation)):
-            if path is not None:
-                text_of(Path(path), field)
-        source = resolve_model(model)
-        from infercomp.artifact import require_free
-        from infercomp.llm import LLM
-
-        require_free(Path(out))
-        llm = LLM(
-            source,
-            dtype=torch_dtype(dtype),
-            calibration=calibration,
-            calibration_folder=calibration_folder,
-            evaluation=evaluation,
-            **options,
-        )
-        llm.save(out)
-        num_bytes = sum(path.stat().st_size for path in Path(out).iterdir())
-        Console(stderr=True).print(f"{out}: {num_bytes / MEBIBYTE:.0f} MiB", highlight=False)
-        if evaluation is not None:
-            # What was saved is measured, and its memory is needed for the model in float32.
-            del llm
-            gc.collect()
-            report_accounts(source, [out], evaluation, most_tokens, speed, json_file, plot)
+        texts = Texts(calibration, calibration_folder, evaluation)
+        make_and_measure(model, out, dtype, options, texts, eval_tokens, speed, json_file, plot)

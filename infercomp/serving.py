@@ -20,6 +20,7 @@ from .compiler import lower_graph, rewrite_graph
 from .config import Config
 from .loading.compressed_tensors import SCALE
 from .loading.stored_linears import StoredLinear
+from .passes.grouped_query import GroupedQuery
 from .runtime.kv_pools import KvCacheSpec
 from .served_linears import linears_of
 from .served_model import ServedForm
@@ -28,6 +29,7 @@ from .texts import NO_TEXTS, Texts
 
 _POSITION_LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
 _CAPTURE_LENGTH = 7
+_KV_HEADS = "num_key_value_heads"
 
 
 class _Uncached(torch.nn.Module):
@@ -118,8 +120,9 @@ def compile_for_serving(
         captured.stored_integers |= {n: readers[source] for n, source in sources.items() if source in readers}
         require_all_found(linears, {source.removeprefix("model.") for source in sources.values()})
     sizes = {"vocab_size": getattr(getattr(model, "config", None), "vocab_size", None), "max_positions": limit}
+    heads = config.passes.grouped_query
     data, folder = texts.calibration, texts.calibration_folder
-    samples = calibration_for(config.passes.recipe, data, tokenizer, examples, folder=folder, **sizes)
+    samples = calibration_for(config.passes.recipe, data, tokenizer, examples, kv_heads=heads, folder=folder, **sizes)
     evaluated = evaluation_for(texts.evaluation, tokenizer, examples, **sizes)
     rewritten = rewrite_graph(captured, config, examples, serving=True, calibration=samples, evaluation=evaluated)
     if linears:
@@ -129,17 +132,19 @@ def compile_for_serving(
     names = {name: source.removeprefix("model.") for name, source in captured.weight_sources.items()}
     # What smoothing has put behind a norm is none of the model's own tensors.
     has_factors = any(name.endswith("_smoothing") for name in captured.weights)
+    specs = _cache_specs(captured)
+    has_factors |= heads is not None and any(spec.num_kv_heads != heads.groups for spec in specs)
     form = ServedForm(
         compiled.program,
         compiled.report,
         config,
-        _cache_specs(captured),
+        specs,
         int(logits.shape[-1]),
         logits.device,
         limit,
         end_of_sequence_ids(model, tokenizer),
         names,
-        None if has_factors else facts.config_for(names.values()),
+        None if has_factors else facts.config_for(names.values(), heads),
         linears_of(captured),
     )
     return form, captured.weights
@@ -163,13 +168,18 @@ class _CheckpointFacts:
         config: Any = getattr(model, "config", None)
         return cls(config.to_json_string() if hasattr(config, "to_json_string") else None, own)
 
-    def config_for(self, names: Collection[str]) -> dict[str, Any] | None:
+    def config_for(self, names: Collection[str], heads: GroupedQuery | None) -> dict[str, Any] | None:
         """The model's config if other tools could load tensors of these names with it: they know quantised linears."""
         quantized = {name.removesuffix(SCALE) for name in names if name.endswith(SCALE)}
         # A layer that was split has none of its own tensors any more.
         held = {name.rpartition(".weight")[0] for name in names}
         is_known = quantized <= self.own_linears <= held
-        return json.loads(self.config) if is_known and self.config is not None else None
+        if not is_known or self.config is None:
+            return None
+        config: dict[str, Any] = json.loads(self.config)
+        if heads is None:
+            return config
+        return {**config, _KV_HEADS: heads.groups} if _KV_HEADS in config else None
 
 
 def _cache_specs(graph: ModelGraph) -> tuple[KvCacheSpec, ...]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from infercomp.runtime.config import LARGEST_COUNT, describe, require_int
 from infercomp.runtime.errors import ConfigError
 
+from .grouped_query import GroupedQuery, grouped_query_of
 from .linear_recipes import Recipe
 from .recipes import RECIPES, recipe_from_json
 
@@ -30,6 +31,10 @@ def recipe_of(quantization: str | Recipe) -> Recipe:
 
 def _canonical(quantization: str | Recipe | None) -> str | None:
     return None if quantization is None else recipe_of(quantization).to_json()
+
+
+def _canonical_heads(kv_heads: str | GroupedQuery | None) -> str | None:
+    return None if kv_heads is None else grouped_query_of(kv_heads).to_json()
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,10 @@ class PassConfig:
 
     quantize_lm_head: bool = True
     """Whether the LM head, and the embedding that shares its weight, are quantised with the other linears."""
+
+    kv_heads: str | GroupedQuery | None = field(default=None, metadata={"fingerprint": _canonical_heads})
+    """How many heads of keys and values are left and how they are merged: a `GroupedQuery`, its JSON, or their number
+    alone; None leaves all."""
 
     kv_cache_layout: str = "auto"
     """How a KV cache lies in memory: "rows" of channels, "tiled" as CPU kernels read it, "auto" to suit the kernels."""
@@ -72,11 +81,18 @@ class PassConfig:
             if not isinstance(value, bool):
                 raise ConfigError(f"{name} must be True or False, not {describe(value)}", field=name)
         _check_quantization(self.quantization)
+        if self.kv_heads is not None:
+            _check_kv_heads(self.kv_heads)
 
     @property
     def recipe(self) -> Recipe | None:
         """What `quantization` stands for."""
         return None if self.quantization is None else recipe_of(self.quantization)
+
+    @property
+    def grouped_query(self) -> GroupedQuery | None:
+        """What `kv_heads` stands for."""
+        return None if self.kv_heads is None else grouped_query_of(self.kv_heads)
 
 
 def check_pass_names(config: PassConfig, known: Sequence[str]) -> None:
@@ -111,6 +127,13 @@ def _check_quantization(quantization: object) -> None:
     if quantization is not None and not isinstance(quantization, Recipe):
         what = f"quantization must be a recipe, the name of one or None, not {describe(quantization)}"
         raise ConfigError(what, remedy=valid, field="quantization")
+
+
+def _check_kv_heads(kv_heads: object) -> None:
+    if not isinstance(kv_heads, (str, GroupedQuery)):
+        what = f"kv_heads must be a GroupedQuery, its JSON, a number of heads as text or None, not {describe(kv_heads)}"
+        raise ConfigError(what, field="kv_heads")
+    grouped_query_of(kv_heads)
 
 
 def _check_disable(disable: object) -> None:

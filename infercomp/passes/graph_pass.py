@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from ..codegen.model_graph import ModelGraph, source_line
 from .calibration import Calibration
 from .config import PassConfig
 from .linear_recipes import LinearRecipe
-from .record import NearMiss, Site
+from .record import LayerError, NearMiss, Site
 
 InputAdapter = Callable[[Mapping[str, Any]], dict[str, Any]]
 
@@ -91,11 +91,14 @@ class PassContext:
         budget: MatchBudget,
         calibration: Calibration | None = None,
         decisions: dict[str, Decision] | None = None,
+        evaluation: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         self.name = name
         self.config = config
         self.calibration = calibration
         self.decisions = {} if decisions is None else decisions
+        self.evaluation = evaluation
+        self.layer_errors: list[LayerError] = []
         self.sites: list[Site] = []
         self.near_misses: list[NearMiss] = []
         self.num_skipped = 0

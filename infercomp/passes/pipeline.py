@@ -16,6 +16,7 @@ from ..runtime.errors import PassError
 from .allocate_bits import ALLOCATE_BITS
 from .calibration import Calibration
 from .config import PassConfig, check_pass_names
+from .convert_attention import CONVERT_ATTENTION
 from .fold_constants import FOLD_CONSTANTS
 from .fuse_embedding_norm import FUSE_EMBEDDING_NORM
 from .fuse_gated_epilogue import FUSE_GATED_EPILOGUE
@@ -54,6 +55,7 @@ PIPELINE: tuple[Pass, ...] = (
     RECOGNIZE_MASKS,
     RECOGNIZE_GATED_MLP,
     FOLD_CONSTANTS,
+    CONVERT_ATTENTION,
     SMOOTH_ACTIVATIONS,
     SPLIT_CHANNELS,
     WIDEN_ACTIVATIONS,
@@ -123,7 +125,7 @@ def run_pipeline(
             continue
         # What serving cannot do without is no step of a bisection.
         own_budget = budget if graph_pass.optional else MatchBudget(None)
-        context = PassContext(graph_pass.name, config, own_budget, calibration, decisions)
+        context = PassContext(graph_pass.name, config, own_budget, calibration, decisions, evaluation)
         record, inputs = _run_pass(graph_pass, model_graph, context, inputs, layer_errors)
         if record.matches and on_change is not None:
             on_change(index, graph_pass.name, model_graph, inputs)
@@ -164,6 +166,6 @@ def _run_pass(
         near_misses=tuple(context.near_misses),
         milliseconds=milliseconds,
         max_error=max_error,
-        layer_errors=layer_errors.after(model_graph, context) if layer_errors is not None else (),
+        layer_errors=(*context.layer_errors, *(layer_errors.after(model_graph, context) if layer_errors else ())),
     )
     return record, inputs_after

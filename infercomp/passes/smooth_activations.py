@@ -276,5 +276,7 @@ def _require_heads(flat: fx.Node, heads: fx.Node) -> None:
 
 
 SMOOTH_ACTIVATIONS = Pass(
-    "smooth_activations", run, after=("recognize_norm", "recognize_attention", "recognize_gated_mlp")
+    "smooth_activations",
+    run,
+    after=("recognize_norm", "recognize_attention", "recognize_gated_mlp", "convert_attention"),
 )
