@@ -99,6 +99,36 @@ def test_a_mistake_is_found_before_anything_is_quantised(
     assert sorted(folder.iterdir()) == before
 
 
+def test_convert_attention_saves_a_model_and_says_what_it_cost(folder: Path) -> None:
+    converted = ("convert-attention", str(folder / "tiny"), "-o", str(folder / "mqa"), "--kv-heads", "1")
+    texts = ("--merge", "aligned", "--calibration", str(folder / "text.txt"), "--eval", str(folder / "text.txt"))
+    out, _ = run(*converted, *texts, "--json", str(folder / "mqa.json"), "--no-speed", *MEASURED)
+    reference, mqa = json.loads((folder / "mqa.json").read_text())["models"]
+    before, after = (each["size"]["kv_bytes_per_token"] for each in (reference, mqa))
+    assert before == 2 * after and f"{before} bytes of cache a token in the reference, {after} in mqa" in out
+    assert mqa["quality"]["mean_nats"] > 0 and list(mqa["layer_errors"]) == ["model.layers.0.self_attn"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--kv-heads", "1", "--merge", "median"), ("merge must be one of mean, first, random, aligned",)),
+        (("--kv-heads", "0"), ("groups must be an integer from 1",)),
+        (("--kv-heads", "1", "--merge", "aligned"), ("aligned heads needs calibration data",)),
+        (("--kv-heads", "1", "--calibration", "text.txt"), ("calibration data",)),
+    ],
+)
+def test_a_mistake_is_found_before_anything_is_converted(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("infercomp.serving.rewrite_graph", lambda *_, **__: pytest.fail("converted"))
+    _, err = run("convert-attention", "tiny", "-o", "new", *arguments, exit_code=EXIT_ERROR)
+    flowed = " ".join(err.replace("│", " ").split())
+    assert "Traceback" not in err and all(word in flowed for word in words), flowed
+    assert not (folder / "new").exists()
+
+
 @pytest.mark.parametrize(
     ("model", "others", "words"),
     [

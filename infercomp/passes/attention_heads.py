@@ -107,7 +107,8 @@ def projected_heads(model_graph: ModelGraph, operand: fx.Node) -> ProjectedHeads
     alike = tuple(each for each in reversed(path) if _is_alike(each))
     if norms and any(each.target != aten._to_copy.default for each in alike):
         raise NoHeadsError("heads are scaled beside their norm")
-    return ProjectedHeads(operand, node, rows, *[next(iter(each), None) for each in (norms, rotaries)], by_head, alike)
+    norm, rotary = next(iter(norms), None), next(iter(rotaries), None)
+    return ProjectedHeads(operand, node, rows, norm, rotary, by_head, alike)
 
 
 def _is_alike(node: fx.Node) -> bool:

@@ -181,10 +181,11 @@ class _Converter:
             for layer, role in readers[source]:
                 moments[layer.node, role] = measured[f"{layer.node.name}.{role}"]
                 if (layer.node, "key") in moments and (layer.node, "value") in moments:
-                    found = [moments.pop((layer.node, each)) for each in ("key", "value")]
+                    of_keys, of_values = (moments.pop((layer.node, each)) for each in ("key", "value"))
                     may_regroup = not self._tells_heads_apart(layer.node)
-                    groups = self._wanted.groups
-                    plans[layer.node] = plan_by_moments(*found, layer.turns, groups, may_regroup=may_regroup)
+                    plans[layer.node] = plan_by_moments(
+                        of_keys, of_values, layer.turns, self._wanted.groups, may_regroup=may_regroup
+                    )
 
         names = {each: layers[0][0].name for each, layers in readers.items()}
         observe(self._model_graph, calibration, names, "convert_attention", measure, visit)
@@ -192,7 +193,8 @@ class _Converter:
 
     def _tells_heads_apart(self, node: fx.Node) -> bool:
         """Whether something else than queries, keys and values belongs to single heads: slopes of ALiBi, sinks."""
-        bias, *others = (*node.args[3:6], None)
+        operands = node.args[3:6]
+        bias, others = operands[0] if operands else None, operands[1:]
         has_heads = isinstance(bias, fx.Node) and len(shape_of(bias)) > 2 and shape_of(bias)[-3] != 1
         return has_heads or any(each is not None for each in others)
 
