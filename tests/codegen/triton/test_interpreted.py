@@ -1,6 +1,6 @@
 """Kernels compute what their definitions say, at small shapes and without a GPU.
 
-Triton decides at import whether it interprets or compiles, so ``interpreted_*.py`` run in processes of their own.
+Triton decides at import whether it interprets or compiles, so ``interpreted_*.py`` run in a process of their own.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ pytest.importorskip("triton")
 
 FOLDER = Path(__file__).parent
 REPOSITORY = FOLDER.parents[2]
-MODULES = sorted(FOLDER.glob("interpreted_*.py"))
+MODULES = sorted(str(path) for path in FOLDER.glob("interpreted_*.py"))
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda path: path.stem)
-def test_interpreted(module: Path) -> None:
+def test_interpreted() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", str(module)]
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", *MODULES]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
