@@ -28,10 +28,13 @@ def _model(dtype: torch.dtype) -> LlamaForCausalLM:
     return LlamaForCausalLM(CONFIG).to(dtype).eval()
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16", "w8a8", "int8 cache"])
+OPTIONS = {"w8a8": {"quantization": "w8a8"}, "gobo": {"quantization": "gobo"}, "int8 cache": {"kv_cache_dtype": "int8"}}
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16", *OPTIONS])
 def llm(request: pytest.FixtureRequest) -> infercomp.LLM:
     dtype = torch.bfloat16 if request.param == "bfloat16" else torch.float32
-    options = {"w8a8": {"quantization": "w8a8"}, "int8 cache": {"kv_cache_dtype": "int8"}}.get(request.param, {})
+    options = OPTIONS.get(request.param, {})
     return infercomp.LLM(_model(dtype), codegen="cpp", num_blocks=64, **options)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import sympy
 import torch
@@ -12,7 +13,7 @@ from torch import fx
 from .indexing import LoopVariable, affine
 from .lazy_tensor import Index, LazyTensor, Refused
 from .model_graph import value_of
-from .ops import int4_linear, int4_weight_linear, int8_linear, int8_weight_linear, linear
+from .ops import clustered_weight_linear, int4_linear, int4_weight_linear, int8_linear, int8_weight_linear, linear
 from .regions import (
     PackedWeight,
     Region,
@@ -27,9 +28,10 @@ from .regions import (
 )
 from .scalar import Scalar, accumulator, binary, cast, walk
 from .specs import MatmulSpec, WeightLayout
-from .weight_panels import BF16, F32, INT8, PanelFormat, int4
+from .weight_panels import BF16, F32, INT8, PanelFormat, clustered, int4
 
-LINEARS = frozenset(op.overload for op in (linear, int8_linear, int4_linear, int8_weight_linear, int4_weight_linear))
+_INTEGER_LINEARS = (int8_linear, int4_linear, int8_weight_linear, int4_weight_linear)
+LINEARS = frozenset(op.overload for op in (linear, *_INTEGER_LINEARS, clustered_weight_linear))
 HALF_PANEL = 16
 
 
@@ -85,6 +87,8 @@ def build_matmul(region: Region, node: fx.Node, results: Sequence[fx.Node], *, p
     region.bind(node, _finished(region, product, row_index))
     stores = [store_of(region, result, f"out{i}", domain_leading, row_index) for i, result in enumerate(results)]
     distance = _half_distance([store.value for store in stores], stores[0].column)
+    if product.panel_format.outlier_room is not None and distance % HALF_PANEL:
+        raise Refused("the halves of its panels are not 16 rows of one table")
     if isinstance(weight[0], PackedWeight):
         region.sources[1] = replace(weight[0], half_distance=distance)
     return MatmulSpec(
@@ -106,6 +110,8 @@ def _weight(region: Region, product: _Product, packs_floats: bool) -> tuple[Sour
     is_float = product.panel_format in (F32, BF16)
     if region.language == "cpp" and (packs_floats or not is_float):
         return (PackedWeight(product.parts, product.panel_format, HALF_PANEL, product.is_transposed),)
+    if product.panel_format.outlier_room is not None:
+        raise Refused("no Triton kernel looks weights up in a table")
     if product.panel_format.group is not None and product.sums is not None:
         raise Refused("no Triton kernel multiplies int8 rows with 4-bit weights")
     for part in product.parts:
@@ -125,6 +131,8 @@ def _product(node: fx.Node) -> _Product:
     dtype = value_of(node.args[0]).dtype
     if node.target == linear.overload:
         return _float_product(node, given, dtype)
+    if node.target == clustered_weight_linear.overload:
+        return _clustered_product(node, given, dtype)
     has_zeros = given.get("weight_zero") is not None
     if node.target in (int8_linear.overload, int8_weight_linear.overload):
         panel_format, parts = INT8, (given["weight"],)
@@ -151,6 +159,14 @@ def _float_product(node: fx.Node, given: dict[str, fx.Node], dtype: torch.dtype)
     return _Product(
         node, given["input"], panel_format, (given["weight"],), bias=given["bias"], is_transposed=given["transposed"]
     )
+
+
+def _clustered_product(node: fx.Node, given: dict[str, Any], dtype: torch.dtype) -> _Product:
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise Refused(f"no panels for {dtype} rows and weights in a table")
+    names = ("weight", "table", "outlier_counts", "outlier_columns", "outlier_excess")
+    parts = tuple(given[name] for name in names)
+    return _Product(node, given["input"], clustered(given["outlier_room"]), parts, bias=given["bias"])
 
 
 def _left_operand(region: Region, node: fx.Node, row: LoopVariable) -> tuple[sympy.Expr, sympy.Expr]:

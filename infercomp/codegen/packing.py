@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .clustered_panels import pack_clustered_panels, unpack_clustered_panels
 from .weight_panels import (
     INT8,
     PanelFormat,
@@ -26,7 +27,8 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class PanelPacking:
-    """Parts of a weight (values, then scales and zeros of 4-bit formats) to panels of ``panel_format``, and back.
+    """Parts of a weight to panels of ``panel_format``, and back: values, then scales and zeros of 4-bit formats, or a
+    table and outliers.
 
     ``half_distance`` is 16, or the width of the gate for gated activations. ``is_transposed`` says that the
     values lie [K, N].
@@ -39,6 +41,10 @@ class PanelPacking:
     def pack(self, values: torch.Tensor, *scales: torch.Tensor) -> torch.Tensor:
         values = values.t() if self.is_transposed else values
         order = self._row_order(values.shape[0])
+        room = self.panel_format.outlier_room
+        if room is not None:
+            table, counts, columns, excess = scales
+            return pack_clustered_panels(_codes(values), table, counts, columns, excess, room, order)
         if self.panel_format.group is not None:
             return pack_int4_panels(_codes(values), scales[0], scales[1] if len(scales) > 1 else None, order)
         return pack_int8_panels(values, order) if self.panel_format == INT8 else pack_float_panels(values, order)
@@ -47,6 +53,10 @@ class PanelPacking:
         """The parts, of these shapes, that ``pack`` made the panels of, bit for bit."""
         num_outputs, num_inputs = reversed(shapes[0]) if self.is_transposed else shapes[0]
         order = self._row_order(num_outputs)
+        if self.panel_format.outlier_room is not None:
+            sizes = (num_outputs, 2 * num_inputs, shapes[1][1])
+            codes, *rest = unpack_clustered_panels(panels, self.panel_format, order, *sizes)
+            return (codes[:, ::2] | codes[:, 1::2] << 4, *rest)
         if self.panel_format.group is not None:
             codes, *scales = unpack_int4_panels(panels, self.panel_format, order, num_outputs, 2 * num_inputs)
             return (codes[:, ::2] | codes[:, 1::2] << 4, *scales)

@@ -7,7 +7,7 @@ the weight each of a panel's 32 lanes computes is given as a row order; -1 is an
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 PANEL = 32
 HALF = PANEL // 2
 ALIGNMENT = 64
+OUTLIER_BYTES = 8
 INT8_OFFSET = 128
 SYMMETRIC_ZERO_POINT = 8
 # Rows are gathered this many panels at a time, so that packing needs little memory beside its result.
@@ -26,12 +27,14 @@ class PanelFormat:
     """How the weights of one panel are stored: `bits` each, in 32-bit words of 32 // bits consecutive k.
 
     With a `group` (4 bits only), each group of that many k ends in 32 float16 scales and, with `zero_points`, 32 uint8.
+    With `outlier_room`, which the name has too, words are codes of tables (clustered_panels.py).
     """
 
     name: str
     bits: int
     group: int | None = None
     zero_points: bool = False
+    outlier_room: int | None = field(default=None, repr=False)
 
     @property
     def weights_per_word(self) -> int:
@@ -43,8 +46,19 @@ class PanelFormat:
         assert self.group is not None
         return self.group * PANEL // 2 + PANEL * 2 + (PANEL if self.zero_points else 0)
 
+    @property
+    def outlier_bytes(self) -> int:
+        """Bytes of the outliers of one half of a panel."""
+        assert self.outlier_room is not None
+        return self.outlier_room * OUTLIER_BYTES
+
     def panel_bytes(self, k: int) -> int:
         """Bytes of one panel of a weight with `k` inputs, a multiple of 64."""
+        if self.outlier_room is not None:
+            if k % self.weights_per_word or self.outlier_room % 4:
+                what = f"not {k} and {self.outlier_room}"
+                raise ValueError(f"clustered panels take multiples of 8 inputs and of 4 outliers, {what}")
+            return PANEL * 4 + k // self.weights_per_word * PANEL * 4 + ALIGNMENT + PANEL // HALF * self.outlier_bytes
         if self.group is None:
             return -(-k // self.weights_per_word) * PANEL * 4
         if k % self.group:
@@ -62,6 +76,11 @@ def int4(group: int, zero_points: bool) -> PanelFormat:
     if group <= 0 or group % 32:
         raise ValueError(f"a group of {group} inputs is not a positive multiple of 32")
     return PanelFormat(f"int4_g{group}" + ("_zp" if zero_points else ""), bits=4, group=group, zero_points=zero_points)
+
+
+def clustered(outlier_room: int) -> PanelFormat:
+    """4-bit codes of a table for each half of a panel, with room for so many outliers of each half."""
+    return PanelFormat(f"clustered_o{outlier_room}", bits=4, outlier_room=outlier_room)
 
 
 def plain_row_order(num_outputs: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -81,9 +82,13 @@ class LinearRecipe(Recipe):
         if self.weight_bits == 8 and self.group_size is not None:
             what = f"8-bit weights have one scale a row: group_size must be None, not {describe(self.group_size)}"
             raise ConfigError(what, field="group_size")
-        if self.weight_bits == 4 and not _is_group(self.group_size):
+        if self.needs_group and not _is_group(self.group_size):
             what = f"group_size must be a multiple of {_GROUP_STEP} up to {_LARGEST_GROUP}"
             raise ConfigError(f"{what}, not {describe(self.group_size)}", field="group_size")
+
+    @property
+    def needs_group(self) -> bool:
+        return self.weight_bits == 4
 
     @property
     def rules(self) -> tuple[tuple[str, LinearRecipe | None], ...]:
@@ -209,3 +214,39 @@ class W4A16(LinearRecipe):
     activation_bits = 16
     group_size: int | None = 32
     symmetric: bool = False
+
+
+@dataclass(frozen=True)
+class GOBO(LinearRecipe):
+    """Weights are one of 2^bits centroids of their layer, but for outliers, which are kept (GOBO, Zadeh et al. 2020).
+
+    Activations stay floats, and no data is needed. Codes are stored in 4 bits, whatever ``bits`` is.
+    """
+
+    weight_bits = 4
+    activation_bits = 16
+
+    bits: int = 3
+    """A layer has 2^bits centroids; from 2 to 4."""
+
+    outlier_log_density: float = -4.0
+    """A weight is an outlier where the logarithm of the density of the Gaussian fitted to its layer is below it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_int(self.bits, "bits", 2, 4)
+        require_number(self.outlier_log_density, "outlier_log_density", "that is finite", low=-math.inf)
+        if self.group_size is not None:
+            raise ConfigError("centroids are those of a layer: group_size must be None", field="group_size")
+        if self.rounding is not None:
+            raise ConfigError("GOBO has a rounding of its own: rounding must be None", field="rounding")
+        if not self.symmetric:
+            raise ConfigError("centroids have no zeros: symmetric must be True", field="symmetric")
+
+    @property
+    def needs_group(self) -> bool:
+        return False
+
+    def bits_per_weight(self, num_channels: int) -> float:
+        """Codes, a table for 16 rows and a count a row; outliers, which only the weights know, are left out."""
+        return 4 + 32 / num_channels + 32 * 2**self.bits / (16 * num_channels)

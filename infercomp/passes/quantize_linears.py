@@ -2,6 +2,7 @@
 
     y = linear(x, w, b)            ->    q, scale, sums = quantize_per_token(x, 32)
                                          y = int4_linear(q, scale, sums, w_int4, w_scale, w_zero, b, 32, dtype)
+    y = linear(x, w, b)            ->    y = clustered_weight_linear(x, w_codes, w_table, w_outliers …, b, 16)    (gobo)
     logits = linear(h, table)      ->    q, scale, sums = quantize_per_token(h, K)
                                          logits = int8_linear(q, scale, sums, table_int8, table_scale, None, dtype)
     h = embedding(table, ids)      ->    h = int8_embedding(table_int8, table_scale, ids, dtype)
@@ -31,6 +32,7 @@ from torch import fx
 
 from ..codegen.model_graph import Emitter, ModelGraph, aten, value_of
 from ..codegen.ops import (
+    clustered_weight_linear,
     int4_linear,
     int4_weight_linear,
     int8_embedding,
@@ -41,11 +43,14 @@ from ..codegen.ops import (
     quantize_weight_int4,
     quantize_weight_int8,
 )
+from ..runtime.errors import ConfigError
+from .cluster_weights import clusters_of, outlier_room, why_not_clustered
 from .graph_pass import LOSSY, Pass, PassContext
-from .linear_recipes import W8A8, W8A16, LinearRecipe
+from .linear_recipes import GOBO, W8A8, W8A16, LinearRecipe
 from .quantizable_linears import QuantizableLinears, parameters_of, sources_of
 
 _LINEARS = {(8, 8): int8_linear, (8, 16): int8_weight_linear, (4, 8): int4_linear, (4, 16): int4_weight_linear}
+_CLUSTERED_SUFFIXES = ("_codes", "_table", "_outlier_counts", "_outlier_columns", "_outlier_excess")
 # Rounding makes several float32 copies of what it is given: so many elements at a time.
 _CHUNK_ELEMENTS = 1 << 22
 
@@ -55,6 +60,9 @@ def run(model_graph: ModelGraph, context: PassContext) -> None:
     if recipe is None:
         return
     linears = QuantizableLinears(model_graph, context, recipe)
+    if not model_graph.frozen and any(isinstance(each, GOBO) for _, each in recipe.rules):
+        what = "GOBO makes tables of weights, and those of torch.compile are the user's"
+        raise ConfigError(what, remedy="use LLM, or another recipe", field="quantization")
     quantizer = _Quantizer(model_graph, context)
     for node in linears.names:
         if node in linears.chosen:
@@ -78,6 +86,9 @@ class _Quantizer:
         self._inputs: dict[tuple[fx.Node, int], list[fx.Node]] = {}
 
     def quantize_linear(self, node: fx.Node, recipe: LinearRecipe) -> None:
+        if isinstance(recipe, GOBO):
+            self._cluster(node, recipe)
+            return
         site = self._context.claim(node)
         if site is None:
             return
@@ -88,6 +99,22 @@ class _Quantizer:
             weights = [*self._quantized_weight(emit, node, recipe), bias]
             options = [recipe.group_size] * is_int4 + [value_of(node).dtype] * has_integer_input
             new = emit(_LINEARS[recipe.weight_bits, recipe.activation_bits], *inputs, *weights, *options)
+        self._context.replace(site, node, new)
+
+    def _cluster(self, node: fx.Node, recipe: GOBO) -> None:
+        weight, bias, transposed = parameters_of(node)
+        tensors = [self._model_graph.weights[source.name] for source in sources_of(weight)]
+        reason = why_not_clustered([tensor.t() if transposed else tensor for tensor in tensors], recipe)
+        if reason is not None:
+            self._context.near_miss(node, reason)
+            return
+        site = self._context.claim(node)
+        if site is None:
+            return
+        with self._model_graph.inserting_before(node) as emit:
+            parts = self._quantized_weight(emit, node, recipe)
+            counts = [self._model_graph.weights[source.name] for source in sources_of(parts[2])]  # type: ignore[arg-type]
+            new = emit(clustered_weight_linear, node.args[0], *parts, bias, outlier_room(counts))
         self._context.replace(site, node, new)
 
     def quantize_embeddings(self) -> None:
@@ -110,13 +137,13 @@ class _Quantizer:
         return self._inputs[source, group_size]
 
     def _quantized_weight(self, emit: Emitter, node: fx.Node, recipe: LinearRecipe) -> list[fx.Node | None]:
-        """The integers, the scales and, for 4 bits, the zeros or None."""
+        """The integers, the scales and, for 4 bits, the zeros or None; for GOBO codes, table and outliers."""
         weight, _, transposed = parameters_of(node)
         key = (self._identity(weight), transposed, recipe)
         if key not in self._weights:
             make = self._held if self._model_graph.frozen else self._computed
             nodes = make(emit, weight, transposed, recipe)
-            has_no_zero = recipe.weight_bits == 4 and recipe.symmetric
+            has_no_zero = recipe.weight_bits == 4 and recipe.symmetric and not isinstance(recipe, GOBO)
             self._weights[key] = [*nodes[:2], None] if has_no_zero else [*nodes]
         return self._weights[key]
 
@@ -148,6 +175,8 @@ class _Quantizer:
 
     def _rounded(self, source: fx.Node, transposed: bool, recipe: LinearRecipe) -> Sequence[torch.Tensor]:
         tensor = self._model_graph.weights[source.name].detach()
+        if isinstance(recipe, GOBO):
+            return clusters_of(tensor.t() if transposed else tensor, recipe)
         op, arguments = _weight_quantization(recipe)
         with torch.no_grad():
             pieces = [op.definition(part, *arguments) for part in _row_chunks(tensor.t() if transposed else tensor)]
@@ -170,6 +199,8 @@ def _weight_quantization(recipe: LinearRecipe) -> tuple[Any, list[Any]]:
 
 def _suffixes(recipe: LinearRecipe) -> list[tuple[str, str]]:
     """What is put behind a parameter's names, in the graph and among the sources, for each tensor made from it."""
+    if isinstance(recipe, GOBO):
+        return [(suffix, suffix) for suffix in _CLUSTERED_SUFFIXES]
     integers = ("_int8", "") if recipe.weight_bits == 8 else ("_int4", "_packed")
     return [integers, ("_scale", "_scale")] + ([] if recipe.symmetric else [("_zero", "_zero_point")])
 

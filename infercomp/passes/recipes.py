@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from infercomp.runtime.config import LARGEST_COUNT, describe, require_int, require_number
 from infercomp.runtime.errors import ConfigError
 
-from .linear_recipes import W4A8, W4A16, W8A8, W8A16, LinearRecipe, Recipe
+from .linear_recipes import GOBO, W4A8, W4A16, W8A8, W8A16, LinearRecipe, Recipe
 from .rounding import GPTQ, ScaleSearch, rounding_of
 
 
@@ -112,7 +112,7 @@ def _is_rule(rule: object) -> bool:
     return isinstance(pattern, str) and pattern != "" and (recipe is None or isinstance(recipe, LinearRecipe))
 
 
-RECIPE_KINDS: dict[str, type[LinearRecipe]] = {each.__name__.lower(): each for each in (W8A8, W8A16, W4A8, W4A16)}
+RECIPE_KINDS: dict[str, type[LinearRecipe]] = {each.__name__.lower(): each for each in (W8A8, W8A16, W4A8, W4A16, GOBO)}
 
 
 def recipe_from_json(text: str) -> Recipe:
@@ -178,6 +178,7 @@ RECIPES: dict[str, Recipe] = {
     "peg": W8A8(embedding_groups=6),
     "hawq": HAWQ(),
     "qbert": HAWQ(choices=(W8A8(), W4A8(64, True)), sensitivity="eigenvalue"),
+    "gobo": GOBO(),
     "w8a16": W8A16(),
     "w8a16-search": W8A16(rounding=ScaleSearch(num_candidates=64, smallest=0.75)),
     "w4a8": W4A8(),

@@ -54,6 +54,8 @@ def _cases(dtype: torch.dtype, rows: int, heads: int, groups: int, dim: int) -> 
     quantized = quantize_per_token(random(2, rows, 4 * dim), 2 * dim)
     int8_weight = quantize_weight_int8(random(5, 4 * dim))
     int4_weight = quantize_weight_int4(random(5, 4 * dim), 2 * dim, False)
+    outliers = torch.tensor([1] + [0] * 30 + [1]).int(), torch.tensor([2, 0]).int(), torch.randn(2)
+    clustered = torch.randint(0, 256, (32, 2 * dim)).to(torch.uint8), torch.randn(2, 16), *outliers
     ids = torch.tensor([[4, 0, 0]])
     return {
         "attention": (
@@ -75,6 +77,7 @@ def _cases(dtype: torch.dtype, rows: int, heads: int, groups: int, dim: int) -> 
         "int4_linear": ((*quantized, *int4_weight, random(5), 2 * dim, dtype), {}),
         "int8_weight_linear": ((random(2, rows, 4 * dim), *int8_weight, random(5)), {}),
         "int4_weight_linear": ((random(2, rows, 4 * dim), *int4_weight, None, 2 * dim), {}),
+        "clustered_weight_linear": ((random(2, rows, 4 * dim), *clustered, random(32), 4), {}),
         "int4_embedding": ((*int4_weight, ids, 2 * dim, dtype), {}),
         "int8_embedding": ((*int8_weight, ids, dtype), {}),
     }

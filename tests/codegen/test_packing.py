@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from infercomp.codegen import weight_panels
 from infercomp.codegen.packing import HALF_PANEL, PanelPacking
-from infercomp.codegen.weight_panels import BF16, F32, INT8, PanelFormat, int4
+from infercomp.codegen.weight_panels import BF16, F32, INT8, PanelFormat, clustered, int4
 
 FLOATS = {F32: torch.float32, BF16: torch.bfloat16}
 
@@ -17,16 +17,20 @@ FLOATS = {F32: torch.float32, BF16: torch.bfloat16}
 @st.composite
 def packings(draw: st.DrawFn) -> tuple[PanelPacking, tuple[torch.Tensor, ...]]:
     """A packing and the parts of a weight of any size that it takes."""
-    panel_format = draw(st.sampled_from([F32, BF16, INT8, int4(32, True), int4(64, False)]))
+    panel_format = draw(st.sampled_from([F32, BF16, INT8, int4(32, True), int4(64, False), clustered(8)]))
     is_gated = draw(st.booleans())
     num_outputs = draw(st.integers(1, 70)) * (2 if is_gated else 1)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1 << 31)))
+    if panel_format.outlier_room is not None:
+        num_outputs *= 16
     half_distance = num_outputs // 2 if is_gated else HALF_PANEL
     if panel_format.group is not None:
         num_groups = draw(st.integers(1, 3))
         return PanelPacking(panel_format, half_distance), quantised(panel_format, num_outputs, num_groups, generator)
     is_transposed = panel_format in FLOATS and draw(st.booleans())
     num_inputs = draw(st.integers(1, 40))
+    if panel_format.outlier_room is not None:
+        return PanelPacking(panel_format, half_distance), clustered_parts(num_outputs, num_inputs, generator)
     shape = (num_inputs, num_outputs) if is_transposed else (num_outputs, num_inputs)
     if panel_format == INT8:
         values = torch.randint(-128, 128, shape, dtype=torch.int8, generator=generator)
@@ -43,6 +47,16 @@ def quantised(
     scales = torch.rand(num_outputs, num_groups, generator=generator).half()
     zeros = torch.randint(0, 256, (num_outputs, num_groups), dtype=torch.uint8, generator=generator)
     return (codes, scales, zeros) if panel_format.zero_points else (codes, scales)
+
+
+def clustered_parts(num_outputs: int, num_words: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+    codes = torch.randint(0, 256, (num_outputs, 4 * num_words), dtype=torch.uint8, generator=generator)
+    is_outlier = torch.rand(num_outputs // 16, 16 * 8 * num_words, generator=generator).argsort(1) < 8
+    is_outlier &= torch.rand(num_outputs // 16, 1, generator=generator) < 0.7
+    rows, columns = is_outlier.view(num_outputs, -1).nonzero().unbind(1)
+    counts = rows.bincount(minlength=num_outputs).int()
+    table = torch.randn(num_outputs // 16, 8, generator=generator)
+    return codes, table, counts, columns.int(), torch.randn(len(rows), generator=generator)
 
 
 def is_restored(packing: PanelPacking, parts: tuple[torch.Tensor, ...]) -> bool:

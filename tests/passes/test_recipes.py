@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import infercomp
 from infercomp.config import Config, parse_options
 from infercomp.passes.config import PassConfig
-from infercomp.passes.linear_recipes import W4A8, W4A16, W8A8, W8A16, Recipe, fits
+from infercomp.passes.linear_recipes import GOBO, W4A8, W4A16, W8A8, W8A16, Recipe, fits
 from infercomp.passes.recipes import HAWQ, RECIPES, LayerRecipes, recipe_from_json
 from infercomp.passes.rounding import GPTQ, ScaleSearch
 from infercomp.runtime.errors import ConfigError
@@ -39,6 +39,7 @@ linear_recipes = st.one_of(
     st.builds(W8A16, rounding=roundings),
     st.builds(W4A8, groups, st.booleans(), roundings),
     st.builds(W4A16, groups, st.booleans(), roundings),
+    st.builds(GOBO, bits=st.integers(2, 4), outlier_log_density=st.floats(-9, 9)),
 )
 rules = st.tuples(st.text(min_size=1), st.none() | linear_recipes)
 weight_only = st.builds(W8A16, rounding=roundings) | st.builds(W4A16, groups, st.booleans())
@@ -79,6 +80,7 @@ def test_a_name_is_short_for_a_recipe(name: str) -> None:
         "hawq": HAWQ(6.0, (W8A16(), W4A16(64, True)), "trace"),
         "qbert": HAWQ(6.0, (W8A8(), W4A8(64, True)), "eigenvalue"),
         "llm-int8": W8A8(outlier_threshold=6.0),
+        "gobo": GOBO(bits=3, outlier_log_density=-4.0),
         "peg": W8A8(embedding_groups=6),
         "w8a16-search": W8A16(rounding=ScaleSearch(64, 0.75)),
         "w4a16-gptq": W4A16(128, True, GPTQ()),
@@ -99,6 +101,7 @@ def test_the_package_has_every_recipe() -> None:
     assert (infercomp.W8A8, infercomp.W8A16, infercomp.LayerRecipes) == (W8A8, W8A16, LayerRecipes)
     assert (infercomp.W4A8, infercomp.W4A16) == (W4A8, W4A16)
     assert (infercomp.GPTQ, infercomp.ScaleSearch, infercomp.HAWQ) == (GPTQ, ScaleSearch, HAWQ)
+    assert infercomp.GOBO == GOBO
 
 
 @pytest.mark.parametrize("made", [W4A8, W4A16])
@@ -132,6 +135,11 @@ def test_a_group_that_no_kernel_takes_is_refused(made: Any, group_size: Any) -> 
         (lambda: GPTQ(act_order=1), "act_order"),
         (lambda: GPTQ(true_sequential=None), "true_sequential"),
         (lambda: GPTQ(smallest=2), "smallest"),
+        *[(lambda bits=bits: GOBO(bits=bits), "bits") for bits in (1, 5, 3.0, "3", True, None)],
+        *[(lambda end=end: GOBO(outlier_log_density=end), "outlier_log_density") for end in (math.nan, math.inf, "x")],
+        (lambda: GOBO(group_size=32), "group_size"),
+        (lambda: GOBO(symmetric=False), "symmetric"),
+        (lambda: GOBO(rounding=GPTQ()), "rounding"),
         (lambda: HAWQ(bits_per_weight=0), "bits_per_weight"),
         (lambda: HAWQ(choices=(W8A8(),)), "choices"),
         (lambda: HAWQ(choices=[W8A8(), W8A16()]), "choices"),

@@ -17,6 +17,8 @@ def panels_type(panel_format: PanelFormat, activation: torch.dtype) -> str:
     """The struct of gemm.h that multiplies rows of ``activation`` with a weight format."""
     kind = BUFFER_TYPES[activation]
     zeros = "true" if panel_format.zero_points else "false"
+    if panel_format.outlier_room is not None:
+        return f"ClusteredWeightPanels<{panel_format.outlier_room}, {kind}>"
     if panel_format == F32:
         return "F32Panels"
     if panel_format == BF16:

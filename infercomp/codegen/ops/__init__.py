@@ -1,6 +1,7 @@
 """The op vocabulary: the contract between passes and codegen."""
 
 from .attention import attention
+from .clustered import clustered_weight_linear
 from .linear import ACTIVATIONS, gated_activation, linear, merge_weights
 from .norm import layer_norm, rms_norm
 from .op import VOCABULARY, Op, definition_of, op
@@ -23,6 +24,7 @@ __all__ = [
     "VOCABULARY",
     "Op",
     "attention",
+    "clustered_weight_linear",
     "definition_of",
     "gated_activation",
     "int4_embedding",

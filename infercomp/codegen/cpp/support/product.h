@@ -4,6 +4,7 @@
 
 #include <type_traits>
 
+#include "clustered_panels.h"
 #include "gemm.h"
 #include "step.h"
 
