@@ -1,5 +1,6 @@
 """Writes ``docs/passes.md`` from the docstrings of the passes, the pipeline tuple and the small model families, and the
-measured table of ``docs/quantization.md`` from ``benchmarks/results/quantization.json``.
+measured tables of ``docs/quantization.md`` from ``quantization.json`` and ``quantization_tools.json`` of
+``benchmarks/results``.
 
 python docs/generate.py               both; the table of families is kept as it is
 python docs/generate.py --families    the table too: compiles every family, takes minutes
@@ -13,7 +14,7 @@ import importlib.util
 import json
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,6 +26,8 @@ DOCS = Path(__file__).resolve().parent
 TARGET = DOCS / "passes.md"
 QUANTIZATION = DOCS / "quantization.md"
 MEASURED = DOCS.parent / "benchmarks" / "results" / "quantization.json"
+OTHER_TOOLS = MEASURED.with_name("quantization_tools.json")
+PLANTED = "planted:"
 MEASURED_HEADING = "## Measured\n"
 FAMILIES_FILE = DOCS.parent / "tests" / "families.py"
 FAMILIES_HEADING = "## Families\n"
@@ -131,16 +134,38 @@ def split(text: str) -> tuple[str, str]:
 
 
 def measured_part() -> str:
-    """The table of what was measured, a line a recipe."""
+    """The tables of what was measured: a line a recipe, then with outliers planted, then other tools."""
     rows = json.loads(MEASURED.read_text())["models"]
-    lines = [MEASURED_HEADING]
-    lines.append(
-        "| recipe | bits | linears, MB | all, MB | mean KL | p99 KL | top-1 | perplexity | seconds | peak, MiB |"
-    )
-    lines.append("|---|" + "--:|" * 9)
-    for name, row in sorted(rows.items(), key=lambda item: -item[1]["size"]["bits_per_weight"]):
-        lines.append(f"| `{name}` | " + " | ".join(_measured_cells(row)) + " |")
-    return "\n".join(lines) + "\n"
+    plain = {name: row for name, row in rows.items() if not name.startswith(PLANTED)}
+    planted = {name.removeprefix(PLANTED): row for name, row in rows.items() if name.startswith(PLANTED)}
+    parts = [MEASURED_HEADING, *_measured_table(plain)]
+    if planted:
+        parts += ["", "With outliers planted, a hundred times the size of other channels, in every norm's output:", ""]
+        parts += _measured_table(planted)
+    tools = json.loads(OTHER_TOOLS.read_text())["tools"]
+    parts += ["", "Other tools on the same model, texts and measure (`benchmarks/quantization_tools.py`):", ""]
+    parts += ["| tool | bits | mean KL | p99 KL | top-1 | perplexity |", "|---|" + "--:|" * 5]
+    parts += [f"| {name} | " + " | ".join(_quality_cells(row)) + " |" for name, row in _by_bits(tools)]
+    return "\n".join(parts) + "\n"
+
+
+def _measured_table(rows: Mapping[str, Any]) -> Iterator[str]:
+    yield "| recipe | bits | linears, MB | all, MB | mean KL | p99 KL | top-1 | perplexity | seconds | peak, MiB |"
+    yield "|---|" + "--:|" * 9
+    for name, row in _by_bits({name: {**row, **row["size"]} for name, row in rows.items()}):
+        yield f"| `{name}` | " + " | ".join(_measured_cells(row)) + " |"
+
+
+def _by_bits(rows: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    return sorted(rows.items(), key=lambda item: -item[1]["bits_per_weight"])
+
+
+def _quality_cells(row: dict[str, Any]) -> Iterator[str]:
+    quality = row["quality"]
+    yield f"{row['bits_per_weight']:.2f}"
+    yield from (f"{quality[name]:.4f}" for name in ("mean_nats", "p99_nats"))
+    yield f"{quality['top_1']:.1%}"
+    yield f"{quality['perplexity']:.2f}"
 
 
 def _measured_cells(row: dict[str, Any]) -> Iterator[str]:
