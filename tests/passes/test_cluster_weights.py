@@ -148,7 +148,7 @@ def test_a_model_of_codes_is_served_by_kernels_and_saved(dtype: torch.dtype, bit
     bound = 1e-5 if dtype == torch.float32 else 0.02
     assert float((logits - reference.logits(TOKENS)).abs().max()) < bound * float(logits.abs().max())
     llm.save(tmp_path / "model")
-    assert torch.equal(infercomp.LLM(tmp_path / "model", num_blocks=16).logits(TOKENS), logits)
+    assert torch.equal(infercomp.LLM(tmp_path / "model", codegen="cpp", num_blocks=16).logits(TOKENS), logits)
 
 
 def test_what_cannot_be_codes_stays_floats_with_a_reason() -> None:
