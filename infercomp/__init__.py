@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from infercomp.llm import LLM as LLM
     from infercomp.passes.grouped_query import GroupedQuery as GroupedQuery
     from infercomp.passes.linear_recipes import GOBO as GOBO
+    from infercomp.passes.linear_recipes import W3A16 as W3A16
     from infercomp.passes.linear_recipes import W4A8 as W4A8
     from infercomp.passes.linear_recipes import W4A16 as W4A16
     from infercomp.passes.linear_recipes import W8A8 as W8A8
@@ -54,6 +55,7 @@ _MODULE_OF = {
     "GPTQ": "infercomp.passes.rounding",
     "ScaleSearch": "infercomp.passes.rounding",
     "GOBO": "infercomp.passes.linear_recipes",
+    "W3A16": "infercomp.passes.linear_recipes",
     "W4A8": "infercomp.passes.linear_recipes",
     "W4A16": "infercomp.passes.linear_recipes",
     "W8A8": "infercomp.passes.linear_recipes",

@@ -16,7 +16,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ from .codegen.saved.program_data import ProgramData, program_data, program_of
 from .config import Config
 from .loading.compressed_tensors import (
     ZERO,
-    ActivationBits,
+    Bits,
+    BitsOf,
     program_form,
     quantization_config,
     stored_name,
@@ -47,7 +48,7 @@ from .runtime.kv_pools import TILED_TOKENS, KvCacheSpec
 from .served_model import ServedForm, ServedLinear, ServedModel
 
 MANIFEST, WEIGHTS, MODEL_CONFIG = "infercomp.json", "model.safetensors", "config.json"
-FORMAT = 1
+FORMAT = 2
 _REMEDY = "copy the saved model again, or save it anew"
 
 
@@ -139,15 +140,18 @@ def load_artifact(source: str | os.PathLike[str], config: Config) -> tuple[Serve
         json.loads(path.read_text()) if (path := folder / MODEL_CONFIG).is_file() else None,
         manifest.linears,
     )
-    return form, StoredWeights(stored, dict(manifest.tensors), form.device)
+    return form, StoredWeights(stored, dict(manifest.tensors), _bits_of(form.linears, form.tensor_names), form.device)
 
 
 class StoredWeights(MutableMapping[str, torch.Tensor]):
     """A program's weights by name, each read when it is first asked for and held until it is deleted."""
 
-    def __init__(self, stored: dict[str, StoredTensor], weights: dict[str, StoredAs], device: torch.device) -> None:
+    def __init__(
+        self, stored: dict[str, StoredTensor], weights: dict[str, StoredAs], bits_of: BitsOf, device: torch.device
+    ) -> None:
         self._stored = stored
         self._weights = weights
+        self._bits_of = bits_of
         self._device = device
         self._read: dict[str, torch.Tensor] = {}
 
@@ -155,7 +159,8 @@ class StoredWeights(MutableMapping[str, torch.Tensor]):
         if name not in self._read:
             wanted = self._weights[name]
             stored = self._stored[wanted.tensor].read()
-            self._read[name] = program_form(wanted.tensor, stored, wanted.shape, wanted.dtype).to(self._device)
+            bits = self._bits_of(wanted.tensor.rpartition(".")[0]).weight
+            self._read[name] = program_form(wanted.tensor, stored, wanted.shape, wanted.dtype, bits).to(self._device)
         return self._read[name]
 
     def __setitem__(self, name: str, value: torch.Tensor) -> None:
@@ -176,8 +181,8 @@ def _write(served: ServedModel, tokenizer: Any, folder: Path) -> None:
     from safetensors.torch import save_file
 
     form = served.form
-    activation_bits = _activation_bits(form.config.passes)
-    weights, names = _named_weights(served, activation_bits)
+    bits_of = _bits_of(form.linears, form.tensor_names)
+    weights, names = _named_weights(served, bits_of)
     manifest = Manifest(
         FORMAT,
         __version__,
@@ -193,19 +198,17 @@ def _write(served: ServedModel, tokenizer: Any, folder: Path) -> None:
         form.report,
         program_data(form.program, form.config.codegen),
     )
-    save_file(stored_tensors(weights), folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(stored_tensors(weights, bits_of), folder / WEIGHTS, metadata={"format": "pt"})
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if form.model_config is not None:
-        quantization = quantization_config(weights, activation_bits)
+        quantization = quantization_config(weights, bits_of)
         config = {**form.model_config, **({"quantization_config": quantization} if quantization else {})}
         (folder / MODEL_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest, enc_hook=_encoded), indent=1))
 
 
-def _named_weights(
-    served: ServedModel, activation_bits: ActivationBits
-) -> tuple[dict[str, torch.Tensor], dict[str, StoredAs]]:
+def _named_weights(served: ServedModel, bits_of: BitsOf) -> tuple[dict[str, torch.Tensor], dict[str, StoredAs]]:
     """The weights by their names in the file, and which of them each name in the program is; one memory is one."""
     weights: dict[str, torch.Tensor] = {}
     names: dict[str, StoredAs] = {}
@@ -213,19 +216,21 @@ def _named_weights(
     for name, tensor in served.source_weights():
         key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
         if key not in known:
-            wanted = stored_name(served.form.tensor_names.get(name, name), tensor, activation_bits)
+            wanted = stored_name(served.form.tensor_names.get(name, name), tensor, bits_of)
             known[key] = wanted if wanted not in weights else name
             weights[known[key]] = tensor.detach().cpu().contiguous()
         names[name] = StoredAs(known[key], tensor.dtype, tuple(tensor.shape))
     return weights, names
 
 
-def _activation_bits(passes: PassConfig) -> ActivationBits:
-    def bits(layer: str) -> int:
-        recipe = passes.recipe.recipe_of(layer) if passes.recipe else None
-        return recipe.activation_bits if recipe else 16
-
-    return bits
+def _bits_of(linears: Iterable[ServedLinear], tensor_names: Mapping[str, str]) -> BitsOf:
+    """By the names of layers in the file; a layer that is no linear has floats."""
+    bits = {
+        tensor_names.get(name, name).rpartition(".")[0]: Bits(linear.weight_bits, linear.activation_bits)
+        for linear in linears
+        for name in linear.tensors
+    }
+    return lambda layer: bits.get(layer, Bits(16, 16))
 
 
 def _saved_options(passes: PassConfig) -> dict[str, Any]:

@@ -40,10 +40,11 @@ def _head_of(output: Any) -> fx.Node | None:
 
 
 def _of_call(model_graph: ModelGraph, node: fx.Node, is_head: bool) -> Iterator[ServedLinear]:
-    arguments = zip(node.target._schema.arguments, node.args, strict=False)  # type: ignore[union-attr]
-    weights = [value for each, value in arguments if each.name in _SCHEMA_NAMES and value is not None]
+    given = {each.name: value for each, value in zip(node.target._schema.arguments, node.args, strict=False)}  # type: ignore[union-attr]
+    weights = [given[name] for name in _SCHEMA_NAMES if given.get(name) is not None]
     by_layer = zip(*(sources_of(each) for each in weights), strict=True)  # type: ignore[arg-type]
-    num_channels = int(value_of(node.args[0]).shape[-1])
+    rows = value_of(node.args[0])
+    num_channels, activation_bits = int(rows.shape[-1]), 8 if rows.dtype == torch.int8 else 16
     for sources in by_layer:
         if not all(map(model_graph.is_weight, sources)):
             continue
@@ -53,4 +54,6 @@ def _of_call(model_graph: ModelGraph, node: fx.Node, is_head: bool) -> Iterator[
         num_weights *= not sources[0].name.endswith("_outliers")
         source = model_graph.weight_sources.get(sources[0].name, sources[0].name)
         name = source.removeprefix("model.").removesuffix("_packed").removesuffix(".weight")
-        yield ServedLinear(name, num_weights, tuple(each.name for each in sources), is_head)
+        weight_bits = given.get("bits", 8 * values.dtype.itemsize)
+        tensors = tuple(each.name for each in sources)
+        yield ServedLinear(name, num_weights, tensors, is_head, weight_bits, activation_bits)

@@ -20,12 +20,18 @@ from .runtime.triton_step import TritonStep
 
 @dataclass(frozen=True)
 class ServedLinear:
-    """A linear of the model: how many weights it has, and its codes, scales and zeros, or floats, by name."""
+    """A linear of the model: how many weights it has, and its codes, scales and zeros, or floats, by name.
+
+    ``weight_bits`` are those of a code, or of a float; ``activation_bits`` is 8 for activations that are rounded, else
+    16.
+    """
 
     name: str
     num_weights: int
     tensors: tuple[str, ...]
     is_head: bool
+    weight_bits: int
+    activation_bits: int
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ def require_all_taken(model_graph: ModelGraph, records: tuple[PassRecord, ...]) 
 
 def _recipe_of(linear: StoredLinear) -> LinearRecipe:
     kind = RECIPE_KINDS[f"w{linear.weight_bits}a{linear.activation_bits}"]
-    return kind() if linear.weight_bits == 8 else kind(group_size=linear.group_size, symmetric=linear.symmetric)
+    return kind(group_size=linear.group_size, symmetric=linear.symmetric)
 
 
 def _rules(recipes: Mapping[str, LinearRecipe], model: torch.nn.Module) -> tuple[tuple[str, LinearRecipe | None], ...]:

@@ -13,7 +13,7 @@ from torch import fx
 from .indexing import LoopVariable, affine
 from .lazy_tensor import Index, LazyTensor, Refused
 from .model_graph import value_of
-from .ops import clustered_weight_linear, int4_linear, int4_weight_linear, int8_linear, int8_weight_linear, linear
+from .ops import clustered_weight_linear, group_linear, group_weight_linear, int8_linear, int8_weight_linear, linear
 from .regions import (
     PackedWeight,
     Region,
@@ -28,9 +28,9 @@ from .regions import (
 )
 from .scalar import Scalar, accumulator, binary, cast, walk
 from .specs import MatmulSpec, WeightLayout
-from .weight_panels import BF16, F32, INT8, PanelFormat, clustered, int4
+from .weight_panels import BF16, F32, INT8, PanelFormat, Zeros, clustered, grouped
 
-_INTEGER_LINEARS = (int8_linear, int4_linear, int8_weight_linear, int4_weight_linear)
+_INTEGER_LINEARS = (int8_linear, group_linear, int8_weight_linear, group_weight_linear)
 LINEARS = frozenset(op.overload for op in (linear, *_INTEGER_LINEARS, clustered_weight_linear))
 HALF_PANEL = 16
 
@@ -113,7 +113,7 @@ def _weight(region: Region, product: _Product, packs_floats: bool) -> tuple[Sour
     if product.panel_format.outlier_room is not None:
         raise Refused("no Triton kernel looks weights up in a table")
     if product.panel_format.group is not None and product.sums is not None:
-        raise Refused("no Triton kernel multiplies int8 rows with 4-bit weights")
+        raise Refused("no Triton kernel multiplies int8 rows with weights in groups")
     for part in product.parts:
         if is_inlined(part):
             raise Refused(f"its weight {part.name} is a view that is stored nowhere")
@@ -133,12 +133,12 @@ def _product(node: fx.Node) -> _Product:
         return _float_product(node, given, dtype)
     if node.target == clustered_weight_linear.overload:
         return _clustered_product(node, given, dtype)
-    has_zeros = given.get("weight_zero") is not None
+    zero = given.get("weight_zero")
     if node.target in (int8_linear.overload, int8_weight_linear.overload):
         panel_format, parts = INT8, (given["weight"],)
     else:
-        panel_format = int4(given["group_size"], has_zeros)
-        parts = (given["weight"], given["weight_scale"], *([given["weight_zero"]] if has_zeros else []))
+        panel_format = grouped(given["bits"], given["group_size"], _kind_of(zero))
+        parts = (given["weight"], given["weight_scale"], *([] if zero is None else [zero]))
     is_int8 = panel_format == INT8
     return _Product(
         node,
@@ -150,6 +150,12 @@ def _product(node: fx.Node) -> _Product:
         given["weight_scale"] if is_int8 else None,
         given["bias"],
     )
+
+
+def _kind_of(zero: fx.Node | None) -> Zeros:
+    if zero is None:
+        return "middle"
+    return "points" if value_of(zero).dtype == torch.uint8 else "values"
 
 
 def _float_product(node: fx.Node, given: dict[str, fx.Node], dtype: torch.dtype) -> _Product:

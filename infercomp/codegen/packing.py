@@ -8,16 +8,16 @@ from dataclasses import dataclass
 import torch
 
 from .clustered_panels import pack_clustered_panels, unpack_clustered_panels
+from .group_panels import pack_group_panels, unpack_group_panels
+from .ops.group_codes import packed_codes, unpacked_codes
 from .weight_panels import (
     INT8,
     PanelFormat,
     gated_row_order,
     pack_float_panels,
-    pack_int4_panels,
     pack_int8_panels,
     plain_row_order,
     unpack_float_panels,
-    unpack_int4_panels,
     unpack_int8_panels,
 )
 
@@ -27,7 +27,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class PanelPacking:
-    """Parts of a weight to panels of ``panel_format``, and back: values, then scales and zeros of 4-bit formats, or a
+    """Parts of a weight to panels of ``panel_format``, and back: values, then scales and zeros of groups, or a
     table and outliers.
 
     ``half_distance`` is 16, or the width of the gate for gated activations. ``is_transposed`` says that the
@@ -44,9 +44,10 @@ class PanelPacking:
         room = self.panel_format.outlier_room
         if room is not None:
             table, counts, columns, excess = scales
-            return pack_clustered_panels(_codes(values), table, counts, columns, excess, room, order)
+            return pack_clustered_panels(unpacked_codes(values, 4), table, counts, columns, excess, room, order)
         if self.panel_format.group is not None:
-            return pack_int4_panels(_codes(values), scales[0], scales[1] if len(scales) > 1 else None, order)
+            bits, zeros = self.panel_format.bits, scales[1] if len(scales) > 1 else None
+            return pack_group_panels(bits, unpacked_codes(values, bits), scales[0], zeros, order)
         return pack_int8_panels(values, order) if self.panel_format == INT8 else pack_float_panels(values, order)
 
     def unpack(self, panels: torch.Tensor, shapes: Sequence[Shape]) -> tuple[torch.Tensor, ...]:
@@ -56,10 +57,12 @@ class PanelPacking:
         if self.panel_format.outlier_room is not None:
             sizes = (num_outputs, 2 * num_inputs, shapes[1][1])
             codes, *rest = unpack_clustered_panels(panels, self.panel_format, order, *sizes)
-            return (codes[:, ::2] | codes[:, 1::2] << 4, *rest)
+            return (packed_codes(codes, 4), *rest)
         if self.panel_format.group is not None:
-            codes, *scales = unpack_int4_panels(panels, self.panel_format, order, num_outputs, 2 * num_inputs)
-            return (codes[:, ::2] | codes[:, 1::2] << 4, *scales)
+            bits = self.panel_format.bits
+            num_inputs = num_inputs * 8 // bits
+            codes, *scales = unpack_group_panels(panels, self.panel_format, order, num_outputs, num_inputs)
+            return (packed_codes(codes, bits), *scales)
         unpacked = unpack_int8_panels if self.panel_format == INT8 else unpack_float_panels
         values = unpacked(panels, order, num_outputs, num_inputs)
         return (values.t().contiguous() if self.is_transposed else values,)
@@ -67,7 +70,3 @@ class PanelPacking:
     def _row_order(self, num_outputs: int) -> torch.Tensor:
         is_plain = self.half_distance == HALF_PANEL
         return plain_row_order(num_outputs) if is_plain else gated_row_order(num_outputs // 2)
-
-
-def _codes(packed: torch.Tensor) -> torch.Tensor:
-    return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +18,9 @@ HALF = PANEL // 2
 ALIGNMENT = 64
 OUTLIER_BYTES = 8
 INT8_OFFSET = 128
-SYMMETRIC_ZERO_POINT = 8
+Zeros = Literal["middle", "points", "values"]
+"""What the zero of a group is: the middle code, a code in uint8, or in float16 what code 0 stands for."""
+ZERO_BYTES: dict[Zeros, int] = {"middle": 0, "points": 1, "values": 2}
 # Rows are gathered this many panels at a time, so that packing needs little memory beside its result.
 PANELS_AT_ONCE = 16
 
@@ -26,14 +29,14 @@ PANELS_AT_ONCE = 16
 class PanelFormat:
     """How the weights of one panel are stored: `bits` each, in 32-bit words of 32 // bits consecutive k.
 
-    With a `group` (4 bits only), each group of that many k ends in 32 float16 scales and, with `zero_points`, 32 uint8.
-    With `outlier_room`, which the name has too, words are codes of tables (clustered_panels.py).
+    With a `group` words are codes, and each group of that many k ends in 32 float16 scales and what `zeros` says
+    (group_panels.py). With `outlier_room`, which the name has too, words are codes of tables (clustered_panels.py).
     """
 
     name: str
     bits: int
     group: int | None = None
-    zero_points: bool = False
+    zeros: Zeros = "middle"
     outlier_room: int | None = field(default=None, repr=False)
 
     @property
@@ -44,7 +47,13 @@ class PanelFormat:
     def group_bytes(self) -> int:
         """Bytes of one group of one panel, its scales and zero points included."""
         assert self.group is not None
-        return self.group * PANEL // 2 + PANEL * 2 + (PANEL if self.zero_points else 0)
+        return self.code_bytes + PANEL * (2 + ZERO_BYTES[self.zeros])
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of the codes of one group of one panel."""
+        assert self.group is not None
+        return self.group * self.bits // 8 * PANEL
 
     @property
     def outlier_bytes(self) -> int:
@@ -71,11 +80,12 @@ BF16 = PanelFormat("bf16", bits=16)
 INT8 = PanelFormat("int8", bits=8)
 
 
-def int4(group: int, zero_points: bool) -> PanelFormat:
-    """The 4-bit format with groups of `group` inputs, a multiple of 32."""
+def grouped(bits: int, group: int, zeros: Zeros) -> PanelFormat:
+    """Codes of 3, 4 or 8 bits in groups of `group` inputs, a multiple of 32."""
     if group <= 0 or group % 32:
         raise ValueError(f"a group of {group} inputs is not a positive multiple of 32")
-    return PanelFormat(f"int4_g{group}" + ("_zp" if zero_points else ""), bits=4, group=group, zero_points=zero_points)
+    suffix = {"middle": "", "points": "_zp", "values": "_zv"}[zeros]
+    return PanelFormat(f"int{bits}_g{group}{suffix}", bits, group, zeros)
 
 
 def clustered(outlier_room: int) -> PanelFormat:
@@ -122,33 +132,6 @@ def pack_int8_panels(weight: Tensor, row_order: Tensor) -> Tensor:
     return panels.bitwise_xor_(INT8_OFFSET)
 
 
-def pack_int4_panels(q: Tensor, scales: Tensor, zeros: Tensor | None, row_order: Tensor) -> Tensor:
-    """Pack `q` uint8 [N, K] of values 0..15 with its groups' scales and zero points as uint8 [P, panel bytes].
-
-    A weight is scales[n, g] * (q[n, k] - zeros[n, g]) with g = k // G; `scales` is float16 [N, K / G] and `zeros`
-    uint8 [N, K / G], or None where all are 8. `row_order` is int64 [P * 32]: the row of each lane of each panel, or -1.
-    """
-    num_inputs, num_groups = q.shape[1], scales.shape[1]
-    if q.dtype != torch.uint8 or scales.dtype != torch.float16 or (zeros is not None and zeros.dtype != torch.uint8):
-        raise ValueError("INT4 panels take uint8 values, float16 scales and uint8 zero points")
-    if num_groups == 0 or num_inputs % num_groups:
-        raise ValueError(f"{num_inputs} inputs do not divide into {num_groups} groups")
-    panel_format = int4(num_inputs // num_groups, zeros is not None)
-    group_bytes, scales_at = panel_format.group_bytes, num_inputs // num_groups * PANEL // 2
-    panels = torch.zeros(_num_panels(row_order), panel_format.panel_bytes(num_inputs), dtype=torch.uint8)
-    for chunk, rows in _chunks(row_order):
-        groups = panels[chunk, : num_groups * group_bytes].unflatten(1, (num_groups, group_bytes))
-        # [p, 32, group, word, nibble, byte] to [p, group, word, 32, byte]: bytes 0..3 low, 4..7 high.
-        values = _gather(q, rows).view(-1, PANEL, num_groups, scales_at // (PANEL * 4), 2, 4).permute(0, 2, 3, 1, 4, 5)
-        words = groups[:, :, :scales_at].unflatten(2, (-1, PANEL, 4))
-        words.copy_(values[..., 1, :] << 4 | values[..., 0, :])
-        lane_scales = _gather(scales, rows).view(-1, PANEL, num_groups).transpose(1, 2).contiguous()
-        groups[:, :, scales_at : scales_at + PANEL * 2] = lane_scales.view(torch.uint8)
-        if zeros is not None:
-            groups[:, :, scales_at + PANEL * 2 :] = _gather(zeros, rows).view(-1, PANEL, num_groups).transpose(1, 2)
-    return panels
-
-
 def unpack_float_panels(panels: Tensor, row_order: Tensor, num_outputs: int, num_inputs: int) -> Tensor:
     """The weight [N, K] that ``pack_float_panels`` made ``panels`` of."""
     return _unpack_words(panels, row_order, num_outputs, num_inputs)
@@ -159,42 +142,20 @@ def unpack_int8_panels(panels: Tensor, row_order: Tensor, num_outputs: int, num_
     return _unpack_words(panels, row_order, num_outputs, num_inputs).bitwise_xor_(INT8_OFFSET).view(torch.int8)
 
 
-def unpack_int4_panels(
-    panels: Tensor, panel_format: PanelFormat, row_order: Tensor, num_outputs: int, num_inputs: int
-) -> tuple[Tensor, ...]:
-    """The values uint8 [N, K], scales and, where there are any, zero points that ``pack_int4_panels`` was given."""
-    assert panel_format.group is not None
-    num_groups, scales_at = num_inputs // panel_format.group, panel_format.group * PANEL // 2
-    q = torch.empty(num_outputs, num_inputs, dtype=torch.uint8)
-    scales = torch.empty(num_outputs, num_groups, dtype=torch.float16)
-    zeros = torch.empty(num_outputs, num_groups, dtype=torch.uint8)
-    for chunk, rows in _chunks(row_order):
-        groups = panels[chunk, : num_groups * panel_format.group_bytes].unflatten(1, (num_groups, -1))
-        # [p, group, word, 32, byte] to [p, 32, group, word, nibble, byte].
-        words = groups[:, :, :scales_at].unflatten(2, (-1, PANEL, 4)).permute(0, 3, 1, 2, 4)
-        _scatter(q, rows, torch.stack((words & 15, words >> 4), dim=4).flatten(2).flatten(0, 1))
-        ends = scales_at + PANEL * 2
-        lane_scales = groups[:, :, scales_at:ends].contiguous().view(torch.float16)
-        _scatter(scales, rows, lane_scales.transpose(1, 2).flatten(0, 1))
-        if panel_format.zero_points:
-            _scatter(zeros, rows, groups[:, :, ends:].transpose(1, 2).flatten(0, 1))
-    return (q, scales, zeros) if panel_format.zero_points else (q, scales)
-
-
 def _unpack_words(panels: Tensor, row_order: Tensor, num_outputs: int, num_inputs: int) -> Tensor:
     weight = torch.empty(num_outputs, num_inputs, dtype=panels.dtype)
-    for chunk, rows in _chunks(row_order):
+    for chunk, rows in chunks(row_order):
         lanes = panels[chunk].transpose(1, 2).flatten(2)
-        _scatter(weight, rows, lanes[:, :, :num_inputs].flatten(0, 1))
+        scatter(weight, rows, lanes[:, :, :num_inputs].flatten(0, 1))
     return weight
 
 
 def _pack_words(weight: Tensor, row_order: Tensor, panel_format: PanelFormat) -> Tensor:
     num_inputs, per_word = weight.shape[1], panel_format.weights_per_word
     whole, rest = divmod(num_inputs, per_word)
-    panels = torch.empty(_num_panels(row_order), whole + bool(rest), PANEL, per_word, dtype=weight.dtype)
-    for chunk, rows in _chunks(row_order):
-        lanes = _gather(weight, rows).view(-1, PANEL, num_inputs)
+    panels = torch.empty(num_panels(row_order), whole + bool(rest), PANEL, per_word, dtype=weight.dtype)
+    for chunk, rows in chunks(row_order):
+        lanes = gathered(weight, rows).view(-1, PANEL, num_inputs)
         words = lanes[:, :, : whole * per_word].unflatten(2, (whole, per_word))
         panels[chunk, :whole] = words.transpose(1, 2)
         if rest:
@@ -203,28 +164,28 @@ def _pack_words(weight: Tensor, row_order: Tensor, panel_format: PanelFormat) ->
     return panels
 
 
-def _num_panels(row_order: Tensor) -> int:
+def num_panels(row_order: Tensor) -> int:
     num_lanes: int = row_order.numel()
     if num_lanes % PANEL:
         raise ValueError(f"a row order of {num_lanes} lanes does not fill panels of {PANEL}")
     return num_lanes // PANEL
 
 
-def _chunks(row_order: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def chunks(row_order: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """A few panels at a time, with the rows of their lanes."""
-    for first in range(0, _num_panels(row_order), PANELS_AT_ONCE):
+    for first in range(0, num_panels(row_order), PANELS_AT_ONCE):
         chunk = slice(first, first + PANELS_AT_ONCE)
         yield chunk, row_order.view(-1, PANEL)[chunk].flatten()
 
 
-def _gather(source: Tensor, rows: Tensor) -> Tensor:
+def gathered(source: Tensor, rows: Tensor) -> Tensor:
     """The named rows of `source`, zeros where the name is -1."""
-    gathered = source.detach().index_select(0, rows.clamp(min=0))
-    gathered[rows < 0] = 0
-    return gathered
+    lanes = source.detach().index_select(0, rows.clamp(min=0))
+    lanes[rows < 0] = 0
+    return lanes
 
 
-def _scatter(destination: Tensor, rows: Tensor, lanes: Tensor) -> None:
+def scatter(destination: Tensor, rows: Tensor, lanes: Tensor) -> None:
     """Each lane to the row that it is named after; what is named -1 goes nowhere."""
     is_row = rows >= 0
     destination[rows[is_row]] = lanes[is_row]

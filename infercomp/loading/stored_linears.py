@@ -1,8 +1,8 @@
 """Linears that a checkpoint holds in integers: compressed-tensors (``int-quantized``, ``pack-quantized``) and GPTQ.
 
-Each is read as ``infercomp.codegen.ops.quantized`` has it: int8 [N, K] with a float32 scale a row, or nibbles uint8
-[N, K / 2] with float16 scales and, where there are any, uint8 zeros [N, G]. What the kernels have no form for is an
-error that names the field of ``quantization_config``.
+Each is read as ``infercomp.codegen.ops`` has it: int8 [N, K] with a float32 scale a row, or codes of 3, 4 or 8 bits
+with float16 scales and, where there are any, uint8 zeros [N, G]. What the kernels have no form for is an error that
+names the field of ``quantization_config``.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
+from infercomp.codegen.ops.group_codes import CODE_BITS, highest_code, middle_code, unpacked_codes
 from infercomp.loading.compressed_tensors import PACKED, SCALE, SHAPE, WEIGHT, ZERO, as_bytes, program_form
 from infercomp.loading.safetensors_file import StoredTensor
 from infercomp.runtime.config import describe
 from infercomp.runtime.errors import ModelLoadError
 
 Integers = tuple[torch.Tensor, ...]
-_NIBBLES = 8
 _GPTQ_SUFFIXES = (".qweight", ".qzeros", ".scales", ".g_idx")
 
 
@@ -93,7 +93,7 @@ def _compressed_linear(
 ) -> StoredLinear:
     weights, place = group.get("weights") or {}, f"{where}, {layer}"
     bits, is_symmetric = weights.get("num_bits"), weights.get("symmetric", True)
-    if weights.get("type", "int") != "int" or bits not in (4, 8):
+    if weights.get("type", "int") != "int" or bits not in CODE_BITS:
         raise _unknown("weights", f"{weights.get('type')} of {bits} bits", place)
     if f"{layer}.weight_g_idx" in stored:
         raise _unknown("actorder", "group", place)
@@ -101,27 +101,26 @@ def _compressed_linear(
     if integers is None:
         raise _lacks(f"{layer}{PACKED}", where)
     is_packed = integers.name.endswith(PACKED)
-    per_word = 32 // bits if is_packed else 1
-    shape = (integers.shape[0], integers.shape[1] * per_word)
+    shape = (integers.shape[0], integers.shape[1] * 32 // bits if is_packed else integers.shape[1])
     group_size = _group_size(weights, shape[1], bits, place)
-    if bits == 8 and (group_size is not None or not is_symmetric):
-        raise _unknown("weights", "8 bits in groups or with zeros", place)
-    if bits == 4 and not is_packed:
-        raise _unknown("format", "int-quantized of 4 bits", place)
+    if group_size is None and not is_symmetric:
+        raise _unknown("weights", "8 bits with a zero a row", place)
+    if group_size is not None and not is_packed:
+        raise _unknown("format", f"int-quantized of {bits} bits in groups", place)
     zeros = None if is_symmetric else stored.get(f"{layer}{ZERO}")
     if not is_symmetric and zeros is None:
         raise _lacks(f"{layer}{ZERO}", where)
     scale = stored[f"{layer}{SCALE}"]
 
     def read() -> Integers:
-        dtype = torch.int8 if bits == 8 else torch.uint8
-        codes = program_form(integers.name, integers.read(), shape, dtype) if is_packed else integers.read()
-        if bits == 8:
+        dtype = torch.int8 if group_size is None else torch.uint8
+        codes = program_form(integers.name, integers.read(), shape, dtype, bits) if is_packed else integers.read()
+        if group_size is None:
             return codes, scale.read().float().view(-1)
         scales = _float16(scale.read(), place)
         if zeros is None:
             return codes, scales
-        return codes, scales, program_form(zeros.name, zeros.read(), tuple(scales.shape), torch.uint8)
+        return codes, scales, program_form(zeros.name, zeros.read(), tuple(scales.shape), torch.uint8, bits)
 
     return StoredLinear(bits, _activation_bits(group, place), group_size, is_symmetric, shape, read)
 
@@ -147,7 +146,7 @@ def _activation_bits(group: Mapping[str, Any], place: str) -> int:
 
 
 def _gptq(quantization: Mapping[str, Any], stored: Mapping[str, StoredTensor], where: str) -> dict[str, StoredLinear]:
-    if quantization.get("bits") != 4:
+    if quantization.get("bits") not in CODE_BITS:
         raise _unknown("bits", quantization.get("bits"), where)
     layers = [name.removesuffix(".qweight") for name in stored if name.endswith(".qweight")]
     return {layer: _gptq_linear(layer, quantization, stored, where) for layer in layers}
@@ -156,19 +155,21 @@ def _gptq(quantization: Mapping[str, Any], stored: Mapping[str, StoredTensor], w
 def _gptq_linear(
     layer: str, quantization: Mapping[str, Any], stored: Mapping[str, StoredTensor], where: str
 ) -> StoredLinear:
-    """Tensors as AutoGPTQ writes them: qweight int32 [K / 8, N], scales [G, N], qzeros int32 [G, N / 8], g_idx [K]."""
+    """Tensors as AutoGPTQ writes them: qweight int32 [b K / 32, N], scales [G, N], qzeros int32 [G, b N / 32] and
+    g_idx [K], for b bits; codes and zeros are streams of bits, down the columns and along the rows."""
+    bits = quantization["bits"]
     for suffix in (".qweight", ".scales", ".qzeros"):
         if f"{layer}{suffix}" not in stored:
             raise _lacks(f"{layer}{suffix}", where)
     weight, scale, zeros = (stored[f"{layer}{suffix}"] for suffix in (".qweight", ".scales", ".qzeros"))
-    num_inputs, num_outputs = weight.shape[0] * _NIBBLES, weight.shape[1]
+    num_inputs, num_outputs = weight.shape[0] * 32 // bits, weight.shape[1]
     group_size = num_inputs // scale.shape[0]
     order = stored.get(f"{layer}.g_idx")
     # Version 1 stores a zero less one, and lets it wrap around.
     offset = 0 if quantization.get("checkpoint_format") == "gptq_v2" else 1
-    packed = as_bytes(zeros.read())
-    zero = ((torch.stack((packed & 15, packed >> 4), -1).flatten(1)[:, :num_outputs] + offset) & 15).t().contiguous()
-    is_symmetric = bool((zero == _NIBBLES).all())
+    codes_of_zeros = unpacked_codes(as_bytes(zeros.read()), bits)[:, :num_outputs]
+    zero = ((codes_of_zeros + offset) & highest_code(bits)).t().contiguous()
+    is_symmetric = bool((zero == middle_code(bits)).all())
 
     def read() -> Integers:
         if order is not None and not torch.equal(order.read().long(), torch.arange(num_inputs) // group_size):
@@ -177,7 +178,7 @@ def _gptq_linear(
         scales = _float16(scale.read().t().contiguous(), f"{where}, {layer}")
         return (codes, scales) if is_symmetric else (codes, scales, zero)
 
-    return StoredLinear(4, 16, group_size, is_symmetric, (num_outputs, num_inputs), read)
+    return StoredLinear(bits, 16, group_size, is_symmetric, (num_outputs, num_inputs), read)
 
 
 def _float16(scales: torch.Tensor, place: str) -> torch.Tensor:

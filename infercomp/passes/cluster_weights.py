@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..codegen.ops.clustered import ROWS_OF_TABLE
-from ..codegen.ops.quantized import packed_nibbles
+from ..codegen.ops.group_codes import packed_codes
 from .linear_recipes import GOBO
 
 LARGEST_SHARE_OF_OUTLIERS = 0.05
@@ -88,7 +88,7 @@ def clusters_of(weight: Tensor, recipe: GOBO) -> tuple[Tensor, Tensor, Tensor, T
     table = centroids.expand(len(weight) // ROWS_OF_TABLE, -1).contiguous()
     excess = (values[outliers] - centroids[codes[outliers]].double()).float()
     columns = outliers.nonzero()[:, 1].int()
-    return packed_nibbles(codes), table, outliers.sum(1).int(), columns, excess
+    return packed_codes(codes, 4), table, outliers.sum(1).int(), columns, excess
 
 
 def outlier_room(counts: Sequence[Tensor]) -> int:

@@ -15,8 +15,8 @@ from infercomp.runtime.errors import ConfigError
 
 from .rounding import Rounding
 
-# What the kernels' panels take, and what int4_linear's sums of a group allow.
-_GROUP_STEP, _LARGEST_GROUP = 32, 8192
+# What the kernels' panels take, and what group_linear's sums of a group allow, for 8 bits and for fewer.
+_GROUP_STEP, _LARGEST_GROUP = 32, {8: 512, 4: 8192, 3: 8192}
 
 
 class Recipe:
@@ -77,18 +77,16 @@ class LinearRecipe(Recipe):
             raise ConfigError(what, field="rounding")
         if not isinstance(self.symmetric, bool):
             raise ConfigError(f"symmetric must be True or False, not {describe(self.symmetric)}", field="symmetric")
-        if self.weight_bits == 8 and not self.symmetric:
-            raise ConfigError("8-bit weights have no zeros: symmetric must be True", field="symmetric")
-        if self.weight_bits == 8 and self.group_size is not None:
-            what = f"8-bit weights have one scale a row: group_size must be None, not {describe(self.group_size)}"
-            raise ConfigError(what, field="group_size")
-        if self.needs_group and not _is_group(self.group_size):
-            what = f"group_size must be a multiple of {_GROUP_STEP} up to {_LARGEST_GROUP}"
+        largest, is_row = _LARGEST_GROUP[self.weight_bits], self.group_size is None and not self.needs_group
+        if not is_row and not _is_group(self.group_size, largest):
+            what = f"group_size must be a multiple of {_GROUP_STEP} up to {largest}"
             raise ConfigError(f"{what}, not {describe(self.group_size)}", field="group_size")
+        if is_row and not self.symmetric:
+            raise ConfigError("a row has no zero of its own: symmetric must be True", field="symmetric")
 
     @property
     def needs_group(self) -> bool:
-        return self.weight_bits == 4
+        return self.weight_bits < 8
 
     @property
     def rules(self) -> tuple[tuple[str, LinearRecipe | None], ...]:
@@ -106,9 +104,9 @@ class LinearRecipe(Recipe):
 
     def bits_per_weight(self, num_channels: int) -> float:
         """Of a linear with so many input channels: codes, float16 scales and zeros of groups, a float32 scale a row."""
-        if self.weight_bits == 8:
-            return 8 + 32 / num_channels
-        return self.weight_bits + (16 if self.symmetric else 24) / (self.group_size or num_channels)
+        if self.group_size is None:
+            return self.weight_bits + 32 / num_channels
+        return self.weight_bits + (16 if self.symmetric else 24) / self.group_size
 
     @property
     def for_head(self) -> LinearRecipe:
@@ -128,9 +126,9 @@ class Smoothing(NamedTuple):
     power: float | None
 
 
-def _is_group(size: object) -> bool:
+def _is_group(size: object, largest: int) -> bool:
     is_int = isinstance(size, int) and not isinstance(size, bool)
-    return is_int and 0 < size <= _LARGEST_GROUP and not size % _GROUP_STEP  # type: ignore[operator]
+    return is_int and 0 < size <= largest and not size % _GROUP_STEP  # type: ignore[operator]
 
 
 @dataclass(frozen=True)
@@ -190,7 +188,7 @@ class W8A8(LinearRecipe):
 
 @dataclass(frozen=True)
 class W8A16(LinearRecipe):
-    """Weights int8 with a scale for each output channel; activations stay floats."""
+    """Weights int8 with a scale for each output channel, or for each group; activations stay floats."""
 
     weight_bits = 8
     activation_bits = 16
@@ -213,6 +211,16 @@ class W4A16(LinearRecipe):
     weight_bits = 4
     activation_bits = 16
     group_size: int | None = 32
+    symmetric: bool = False
+
+
+@dataclass(frozen=True)
+class W3A16(LinearRecipe):
+    """Weights of 3 bits with a scale, and unless ``symmetric`` a zero, for each group; activations stay floats."""
+
+    weight_bits = 3
+    activation_bits = 16
+    group_size: int | None = 64
     symmetric: bool = False
 
 

@@ -1,7 +1,7 @@
-"""Linears on 8-bit or 4-bit integers, their weights rounded to nearest.
+"""Linears on integers of 8, 4 or 3 bits, their weights rounded to nearest.
 
     y = linear(x, w, b)            ->    q, scale, sums = quantize_per_token(x, 32)
-                                         y = int4_linear(q, scale, sums, w_int4, w_scale, w_zero, b, 32, dtype)
+                                         y = group_linear(q, scale, sums, w_int4, w_scale, w_zero, b, 4, 32, dtype)
     y = linear(x, w, b)            ->    y = clustered_weight_linear(x, w_codes, w_table, w_outliers …, b, 16)    (gobo)
     logits = linear(h, table)      ->    q, scale, sums = quantize_per_token(h, K)
                                          logits = int8_linear(q, scale, sums, table_int8, table_scale, None, dtype)
@@ -17,7 +17,7 @@ Where the graph owns the weights (``frozen``), their integers replace them and t
 a merged weight has integers of its own, and these are merged in its place; in ``weight_sources`` they have the names
 that the compressed-tensors format gives them. Weights that come in integers (``stored_integers``) keep those. Elsewhere
 the user may change a parameter, or use the graph for another module: there the integers are computed from the
-parameter by ``quantize_weight_int8`` or ``quantize_weight_int4`` in the graph, and embeddings stay as they are.
+parameter by ``quantize_weight_int8`` or ``quantize_weight_groups`` in the graph, and embeddings stay as they are.
 It comes after all passes that ask what a linear is, so that they need not know the quantised ones.
 """
 
@@ -33,14 +33,14 @@ from torch import fx
 from ..codegen.model_graph import Emitter, ModelGraph, aten, value_of
 from ..codegen.ops import (
     clustered_weight_linear,
-    int4_linear,
-    int4_weight_linear,
+    group_linear,
+    group_weight_linear,
     int8_embedding,
     int8_linear,
     int8_weight_linear,
     merge_weights,
     quantize_per_token,
-    quantize_weight_int4,
+    quantize_weight_groups,
     quantize_weight_int8,
 )
 from ..runtime.errors import ConfigError
@@ -49,7 +49,9 @@ from .graph_pass import LOSSY, Pass, PassContext
 from .linear_recipes import GOBO, W8A8, W8A16, LinearRecipe
 from .quantizable_linears import QuantizableLinears, parameters_of, sources_of
 
-_LINEARS = {(8, 8): int8_linear, (8, 16): int8_weight_linear, (4, 8): int4_linear, (4, 16): int4_weight_linear}
+# By the bits of activations: for a scale a row, and for a scale a group.
+_ROW_LINEARS = {8: int8_linear, 16: int8_weight_linear}
+_GROUP_LINEARS = {8: group_linear, 16: group_weight_linear}
 _CLUSTERED_SUFFIXES = ("_codes", "_table", "_outlier_counts", "_outlier_columns", "_outlier_excess")
 # Rounding makes several float32 copies of what it is given: so many elements at a time.
 _CHUNK_ELEMENTS = 1 << 22
@@ -93,12 +95,13 @@ class _Quantizer:
         if site is None:
             return
         _, bias, _ = parameters_of(node)
-        is_int4, has_integer_input = recipe.weight_bits == 4, recipe.activation_bits == 8
+        is_grouped, has_integer_input = recipe.group_size is not None, recipe.activation_bits == 8
         with self._model_graph.inserting_before(node) as emit:
             inputs = self._quantized_input(emit, node.args[0], recipe) if has_integer_input else [node.args[0]]
             weights = [*self._quantized_weight(emit, node, recipe), bias]
-            options = [recipe.group_size] * is_int4 + [value_of(node).dtype] * has_integer_input
-            new = emit(_LINEARS[recipe.weight_bits, recipe.activation_bits], *inputs, *weights, *options)
+            options = [recipe.weight_bits, recipe.group_size] * is_grouped + [value_of(node).dtype] * has_integer_input
+            op = (_GROUP_LINEARS if is_grouped else _ROW_LINEARS)[recipe.activation_bits]
+            new = emit(op, *inputs, *weights, *options)
         self._context.replace(site, node, new)
 
     def _cluster(self, node: fx.Node, recipe: GOBO) -> None:
@@ -137,13 +140,13 @@ class _Quantizer:
         return self._inputs[source, group_size]
 
     def _quantized_weight(self, emit: Emitter, node: fx.Node, recipe: LinearRecipe) -> list[fx.Node | None]:
-        """The integers, the scales and, for 4 bits, the zeros or None; for GOBO codes, table and outliers."""
+        """The integers, the scales and, for groups, the zeros or None; for GOBO codes, table and outliers."""
         weight, _, transposed = parameters_of(node)
         key = (self._identity(weight), transposed, recipe)
         if key not in self._weights:
             make = self._held if self._model_graph.frozen else self._computed
             nodes = make(emit, weight, transposed, recipe)
-            has_no_zero = recipe.weight_bits == 4 and recipe.symmetric and not isinstance(recipe, GOBO)
+            has_no_zero = recipe.group_size is not None and recipe.symmetric
             self._weights[key] = [*nodes[:2], None] if has_no_zero else [*nodes]
         return self._weights[key]
 
@@ -192,16 +195,16 @@ class _Quantizer:
 
 
 def _weight_quantization(recipe: LinearRecipe) -> tuple[Any, list[Any]]:
-    if recipe.weight_bits == 8:
+    if recipe.group_size is None:
         return quantize_weight_int8, []
-    return quantize_weight_int4, [recipe.group_size, recipe.symmetric]
+    return quantize_weight_groups, [recipe.weight_bits, recipe.group_size, recipe.symmetric]
 
 
 def _suffixes(recipe: LinearRecipe) -> list[tuple[str, str]]:
     """What is put behind a parameter's names, in the graph and among the sources, for each tensor made from it."""
     if isinstance(recipe, GOBO):
         return [(suffix, suffix) for suffix in _CLUSTERED_SUFFIXES]
-    integers = ("_int8", "") if recipe.weight_bits == 8 else ("_int4", "_packed")
+    integers = (f"_int{recipe.weight_bits}", "" if recipe.group_size is None else "_packed")
     return [integers, ("_scale", "_scale")] + ([] if recipe.symmetric else [("_zero", "_zero_point")])
 
 

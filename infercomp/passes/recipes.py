@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from infercomp.runtime.config import LARGEST_COUNT, describe, require_int, require_number
 from infercomp.runtime.errors import ConfigError
 
-from .linear_recipes import GOBO, W4A8, W4A16, W8A8, W8A16, LinearRecipe, Recipe
+from .linear_recipes import GOBO, W3A16, W4A8, W4A16, W8A8, W8A16, LinearRecipe, Recipe
 from .rounding import GPTQ, ScaleSearch, rounding_of
 
 
@@ -112,7 +112,9 @@ def _is_rule(rule: object) -> bool:
     return isinstance(pattern, str) and pattern != "" and (recipe is None or isinstance(recipe, LinearRecipe))
 
 
-RECIPE_KINDS: dict[str, type[LinearRecipe]] = {each.__name__.lower(): each for each in (W8A8, W8A16, W4A8, W4A16, GOBO)}
+RECIPE_KINDS: dict[str, type[LinearRecipe]] = {
+    each.__name__.lower(): each for each in (W8A8, W8A16, W4A8, W4A16, W3A16, GOBO)
+}
 
 
 def recipe_from_json(text: str) -> Recipe:
@@ -181,14 +183,19 @@ RECIPES: dict[str, Recipe] = {
     "gobo": GOBO(),
     "w8a16": W8A16(),
     "w8a16-search": W8A16(rounding=ScaleSearch(num_candidates=64, smallest=0.75)),
+    "w8a16-g32-sym": W8A16(32),
     "w4a8": W4A8(),
     "w4a16": W4A16(),
+    "w3a16": W3A16(),
     **{
         f"{name}-g{group_size}{suffix}": made(group_size, symmetric)
-        for name, made in (("w4a8", W4A8), ("w4a16", W4A16))
+        for name, made in (("w4a8", W4A8), ("w4a16", W4A16), ("w3a16", W3A16))
         for group_size in (32, 64, 128)
         for suffix, symmetric in (("", False), ("-sym", True))
     },
-    "w4a16-gptq": W4A16(128, True, GPTQ()),
-    **{f"w4a16-g{group_size}-gptq": W4A16(group_size, True, GPTQ()) for group_size in (32, 64)},
+    **{
+        f"{name}{suffix}-gptq": made(group_size, True, GPTQ())
+        for name, made in (("w4a16", W4A16), ("w3a16", W3A16))
+        for group_size, suffix in ((128, ""), (32, "-g32"), (64, "-g64"))
+    },
 }

@@ -1,7 +1,7 @@
 """The grids that weights are rounded to, and the choice of one among several by the error that it leaves.
 
 Letters: N output channels, K input channels, g channels of a group, G = K / g groups. A grid stands for
-w = scale * (code - zero), with codes and scales of the range and the dtype that ``codegen.ops.quantized`` stores.
+w = scale * (code - zero), with codes and scales of the range and the dtype that ``codegen.ops`` stores.
 """
 
 from __future__ import annotations
@@ -11,14 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
-from ..codegen.ops.quantized import PARTS_OF_A_STEP, SMALLEST_MAXIMUM, packed_nibbles
+from ..codegen.ops.group_codes import highest_code, middle_code, packed_codes
+from ..codegen.ops.quantized import SMALLEST_MAXIMUM
 from .linear_recipes import LinearRecipe
 
 # Every candidate takes several passes over a part of the weight, which should stay in a processor's cache.
 _CHUNK_ELEMENTS = 1 << 19
-_MIDDLE = {8: 0, 4: 8}
-_LOWEST = {8: -127, 4: 0}
-_HIGHEST = {8: 127, 4: 15}
 
 
 @dataclass(frozen=True)
@@ -42,16 +40,20 @@ class WeightGrid:
 
     def stored(self, codes: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Codes [N, K] as integers of the program: codes, scales and, where the recipe has any, zeros."""
-        if self.recipe.weight_bits == 8:
+        if self.recipe.group_size is None:
             return codes.to(torch.int8), self.scale.flatten()
-        packed = packed_nibbles(codes), self.scale.half()
-        return packed if self.recipe.symmetric else (*packed, (self.zero * PARTS_OF_A_STEP).to(torch.uint8))
+        packed = packed_codes(codes, self.recipe.weight_bits), self.scale.half()
+        return packed if self.recipe.symmetric else (*packed, self.zero.to(torch.uint8))
 
 
 def nearest_codes(weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, recipe: LinearRecipe) -> torch.Tensor:
     """The codes of the points next to ``weight``, all of one shape or broadcast to it."""
-    bits = recipe.weight_bits
-    return (weight / scale).add_(zero).round_().clamp_(_LOWEST[bits], _HIGHEST[bits])
+    return (weight / scale).add_(zero).round_().clamp_(*_range(recipe))
+
+
+def _range(recipe: LinearRecipe) -> tuple[int, int]:
+    """The lowest and the highest code."""
+    return (-127, 127) if recipe.group_size is None else (0, highest_code(recipe.weight_bits))
 
 
 def fitted_grid(weight: torch.Tensor, recipe: LinearRecipe, hessian: torch.Tensor, shares: torch.Tensor) -> WeightGrid:
@@ -90,24 +92,29 @@ def _candidates(
     groups: torch.Tensor, recipe: LinearRecipe, shares: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Scales and zeros [N, G, 1], the whole range of each group first."""
-    bits = recipe.weight_bits
-    if recipe.symmetric:
-        extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
-        ends = (-7.0, -8.0) if bits == 4 else (127.0,)
-        extreme = extreme if bits == 4 else extreme.abs()
-        zero = torch.full_like(extreme, float(_MIDDLE[bits]))
+    if recipe.group_size is None:
+        extreme = groups.abs().amax(-1, keepdim=True)
         for share in shares:
-            for end in ends:
-                yield _as_stored(extreme * (share / end), bits), zero
-        return
-    low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
-    for share in shares:
-        scale = _as_stored((high - low) * (share / _HIGHEST[bits]), bits)
-        zero = (-low * share / scale).clamp(max=_HIGHEST[bits])
-        yield scale, torch.round(zero * PARTS_OF_A_STEP) / PARTS_OF_A_STEP
+            yield _whole(extreme * (share / 127)), torch.zeros_like(extreme)
+    elif recipe.symmetric:
+        extreme, middle = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)), middle_code(recipe.weight_bits)
+        zero = torch.full_like(extreme, float(middle))
+        for share in shares:
+            for end in (1 - middle, -middle):
+                yield _half(extreme * (share / end)), zero
+    else:
+        highest = highest_code(recipe.weight_bits)
+        low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
+        for share in shares:
+            scale = _half((high - low) * (share / highest))
+            yield scale, torch.round((-low * share / scale).clamp(max=highest))
 
 
-def _as_stored(scale: torch.Tensor, bits: int) -> torch.Tensor:
-    """The scale as the program holds it; one that is zero, or would be, is 1: its codes are then all the middle."""
-    stored = scale.half().float() if bits == 4 else scale
-    return torch.where(stored.abs() < SMALLEST_MAXIMUM, 1.0, stored)
+def _half(scale: torch.Tensor) -> torch.Tensor:
+    """The scale of a group as the program holds it."""
+    return _whole(scale.half().float())
+
+
+def _whole(scale: torch.Tensor) -> torch.Tensor:
+    """The scale, or 1 where it is zero, or would be: codes are then all the middle."""
+    return torch.where(scale.abs() < SMALLEST_MAXIMUM, 1.0, scale)

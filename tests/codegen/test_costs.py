@@ -21,7 +21,7 @@ from infercomp.codegen.indexing import Element, FloorDiv, LoopVariable, floor_di
 from infercomp.codegen.ops import attention, gated_activation, rms_norm, rotary_embedding
 from infercomp.codegen.scalar import accumulator, load
 from infercomp.codegen.specs import Buffer, KernelSpec, LoopSpec, MatmulSpec, PagedAttentionSpec, Store
-from infercomp.codegen.weight_panels import int4
+from infercomp.codegen.weight_panels import grouped
 from infercomp.passes.config import PassConfig
 from infercomp.passes.pipeline import run_pipeline
 
@@ -132,7 +132,9 @@ def test_a_4_bit_linear_reads_values_scales_and_the_sums_of_its_rows() -> None:
     buffers = (Buffer("b0", torch.int8), Buffer("b1", torch.uint8), Buffer("b2", torch.int32))
     stores = (Store("elsewhere", column, sympy.sympify(column), accumulator(sympy.Integer(0), torch.float32)),)
     stride = sympy.Integer(128)
-    spec = MatmulSpec(buffers, int4(32, False), "panels", torch.int8, row, 128, stride, sympy.Integer(0), 16, stores)
+    spec = MatmulSpec(
+        buffers, grouped(4, 32, "middle"), "panels", torch.int8, row, 128, stride, sympy.Integer(0), 16, stores
+    )
     cost = cost_of(spec, (3,))
     # Two panels of four groups: half a byte a weight and a float16 scale an output; rows of bytes; a sum a group.
     assert cost.num_bytes == 2 * 4 * (32 * 32 // 2 + 32 * 2) + 3 * 128 + 3 * 4 * 4

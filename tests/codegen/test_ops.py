@@ -26,7 +26,7 @@ from infercomp.codegen.ops import (
     op,
     paged_attention,
     quantize_per_token,
-    quantize_weight_int4,
+    quantize_weight_groups,
     quantize_weight_int8,
     rms_norm,
     rotary_embedding,
@@ -51,11 +51,11 @@ def _cases(dtype: torch.dtype, rows: int, heads: int, groups: int, dim: int) -> 
     table = torch.tensor([[1, 0, 2, 3]], dtype=torch.int32)
     lengths, starts = torch.tensor([rows + 2], dtype=torch.int32), torch.tensor([0, rows], dtype=torch.int32)
     caches = random(4, 4, heads, 2 * dim), random(4, 4, heads, dim)
-    quantized = quantize_per_token(random(2, rows, 4 * dim), 2 * dim)
-    int8_weight = quantize_weight_int8(random(5, 4 * dim))
-    int4_weight = quantize_weight_int4(random(5, 4 * dim), 2 * dim, False)
+    quantized = quantize_per_token(random(2, rows, 8 * dim), 4 * dim)
+    int8_weight = quantize_weight_int8(random(5, 8 * dim))
+    int4_weight = quantize_weight_groups(random(5, 8 * dim), 4, 4 * dim, False)
     outliers = torch.tensor([1] + [0] * 30 + [1]).int(), torch.tensor([2, 0]).int(), torch.randn(2)
-    clustered = torch.randint(0, 256, (32, 2 * dim)).to(torch.uint8), torch.randn(2, 16), *outliers
+    clustered = torch.randint(0, 256, (32, 4 * dim)).to(torch.uint8), torch.randn(2, 16), *outliers
     ids = torch.tensor([[4, 0, 0]])
     return {
         "attention": (
@@ -70,15 +70,15 @@ def _cases(dtype: torch.dtype, rows: int, heads: int, groups: int, dim: int) -> 
         "rms_norm": ((random(2, rows, dim), random(dim), 1e-5, True), {}),
         "layer_norm": ((random(2, rows, dim), random(dim), None, 1e-5), {}),
         "rotary_embedding": ((random(2, rows, 4 * dim), random(rows, 2 * dim), random(rows, 2 * dim), True), {}),
-        "quantize_per_token": ((random(2, rows, 4 * dim), 2 * dim), {}),
+        "quantize_per_token": ((random(2, rows, 8 * dim), 4 * dim), {}),
         "quantize_weight_int8": ((random(rows, dim),), {}),
-        "quantize_weight_int4": ((random(rows, 4 * dim), 2 * dim, True), {}),
+        "quantize_weight_groups": ((random(rows, 8 * dim), 3, 4 * dim, True), {}),
         "int8_linear": ((*quantized, *int8_weight, random(5), dtype), {}),
-        "int4_linear": ((*quantized, *int4_weight, random(5), 2 * dim, dtype), {}),
-        "int8_weight_linear": ((random(2, rows, 4 * dim), *int8_weight, random(5)), {}),
-        "int4_weight_linear": ((random(2, rows, 4 * dim), *int4_weight, None, 2 * dim), {}),
-        "clustered_weight_linear": ((random(2, rows, 4 * dim), *clustered, random(32), 4), {}),
-        "int4_embedding": ((*int4_weight, ids, 2 * dim, dtype), {}),
+        "group_linear": ((*quantized, *int4_weight, random(5), 4, 4 * dim, dtype), {}),
+        "int8_weight_linear": ((random(2, rows, 8 * dim), *int8_weight, random(5)), {}),
+        "group_weight_linear": ((random(2, rows, 8 * dim), *int4_weight, None, 4, 4 * dim), {}),
+        "clustered_weight_linear": ((random(2, rows, 8 * dim), *clustered, random(32), 4), {}),
+        "group_embedding": ((*int4_weight, ids, 4, dtype), {}),
         "int8_embedding": ((*int8_weight, ids, dtype), {}),
     }
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from infercomp.codegen import weight_panels
 from infercomp.codegen.packing import HALF_PANEL, PanelPacking
-from infercomp.codegen.weight_panels import BF16, F32, INT8, PanelFormat, clustered, int4
+from infercomp.codegen.weight_panels import BF16, F32, INT8, ZERO_BYTES, PanelFormat, clustered, grouped
 
 FLOATS = {F32: torch.float32, BF16: torch.bfloat16}
 
@@ -17,7 +17,8 @@ FLOATS = {F32: torch.float32, BF16: torch.bfloat16}
 @st.composite
 def packings(draw: st.DrawFn) -> tuple[PanelPacking, tuple[torch.Tensor, ...]]:
     """A packing and the parts of a weight of any size that it takes."""
-    panel_format = draw(st.sampled_from([F32, BF16, INT8, int4(32, True), int4(64, False), clustered(8)]))
+    groups = st.builds(grouped, st.sampled_from([3, 4, 8]), st.sampled_from([32, 64]), st.sampled_from([*ZERO_BYTES]))
+    panel_format = draw(st.sampled_from([F32, BF16, INT8, clustered(8)]) | groups)
     is_gated = draw(st.booleans())
     num_outputs = draw(st.integers(1, 70)) * (2 if is_gated else 1)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1 << 31)))
@@ -42,11 +43,14 @@ def packings(draw: st.DrawFn) -> tuple[PanelPacking, tuple[torch.Tensor, ...]]:
 def quantised(
     panel_format: PanelFormat, num_outputs: int, num_groups: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, ...]:
-    num_bytes = num_groups * panel_format.group // 2
+    num_bytes = num_groups * panel_format.group * panel_format.bits // 8
     codes = torch.randint(0, 256, (num_outputs, num_bytes), dtype=torch.uint8, generator=generator)
     scales = torch.rand(num_outputs, num_groups, generator=generator).half()
-    zeros = torch.randint(0, 256, (num_outputs, num_groups), dtype=torch.uint8, generator=generator)
-    return (codes, scales, zeros) if panel_format.zero_points else (codes, scales)
+    if panel_format.zeros == "middle":
+        return codes, scales
+    if panel_format.zeros == "values":
+        return codes, scales, torch.randn(num_outputs, num_groups, generator=generator).half()
+    return codes, scales, torch.randint(0, 256, (num_outputs, num_groups), dtype=torch.uint8, generator=generator)
 
 
 def clustered_parts(num_outputs: int, num_words: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from infercomp.codegen.ops import int4_weight_linear, int8_weight_linear
+from infercomp.codegen.ops import group_weight_linear, int8_weight_linear
 from infercomp.loading.safetensors_file import StoredTensor, read_safetensors_header
 from infercomp.loading.stored_linears import StoredLinear, stored_linears
 from infercomp.runtime.errors import ModelLoadError
@@ -24,9 +24,11 @@ def restored(linear: StoredLinear) -> torch.Tensor:
     """The weight [N, K] that a linear stands for, by the definitions of our own ops."""
     identity = torch.eye(linear.shape[1])
     codes, scale, *zero = linear.read()
-    if linear.weight_bits == 8:
+    if linear.group_size is None:
         return int8_weight_linear.definition(identity, codes, scale, None).t()
-    return int4_weight_linear.definition(identity, codes, scale, *(zero or [None]), None, linear.group_size).t()
+    return group_weight_linear.definition(
+        identity, codes, scale, *(zero or [None]), None, linear.weight_bits, linear.group_size
+    ).t()
 
 
 def on_disk(tensors: dict[str, torch.Tensor], folder: Path) -> dict[str, StoredTensor]:
@@ -48,20 +50,24 @@ def grid(weight: torch.Tensor, args: QuantizationArgs) -> dict[str, torch.Tensor
     if args.symmetric:
         return {"weight_scale": groups.abs().amax(-1) / (2 ** (args.num_bits - 1) - 0.5)}
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-    scale = (high - low).clamp(min=1e-6) / 15
-    return {"weight_scale": scale, "weight_zero_point": (-8 - (low / scale).round()).clamp(-8, 7).to(torch.int8)}
+    middle = 2 ** (args.num_bits - 1)
+    scale = (high - low).clamp(min=1e-6) / (2 * middle - 1)
+    zero = (-middle - (low / scale).round()).clamp(-middle, middle - 1)
+    return {"weight_scale": scale, "weight_zero_point": zero.to(torch.int8)}
 
 
 @settings(max_examples=30, deadline=None)
 @given(
     num_outputs=st.integers(9, 40),  # their reader of zeros fails on a single row of words
     num_groups=st.integers(1, 3),
+    bits=st.sampled_from([3, 4, 8]),
     is_symmetric=st.booleans(),
     dtype=st.sampled_from([torch.float16, torch.bfloat16]),
     seed=st.integers(0, 1 << 31),
 )
-def test_four_bits_of_compressed_tensors(
+def test_groups_of_compressed_tensors(
     tmp_path_factory: pytest.TempPathFactory,
+    bits: int,
     num_outputs: int,
     num_groups: int,
     is_symmetric: bool,
@@ -70,14 +76,14 @@ def test_four_bits_of_compressed_tensors(
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(num_outputs, 32 * num_groups, generator=generator).to(dtype)
-    args = QuantizationArgs(num_bits=4, strategy="group", group_size=32, symmetric=is_symmetric)
+    args = QuantizationArgs(num_bits=bits, strategy="group", group_size=32, symmetric=is_symmetric)
     scheme = QuantizationScheme(targets=["Linear"], weights=args)
     given_ = {name: each.to(dtype) if "scale" in name else each for name, each in grid(weight, args).items()}
     written = PackedQuantizationCompressor.compress({"weight": weight, **given_}, scheme)
     theirs = PackedQuantizationCompressor.decompress(written, scheme)["weight"]
     stored = on_disk({f"a.b.{name}": each for name, each in written.items()}, tmp_path_factory.mktemp("ct"))
     (linear,) = stored_linears(compressed_tensors_config(args), stored, "here").values()
-    assert (linear.weight_bits, linear.activation_bits, linear.group_size) == (4, 16, 32)
+    assert (linear.weight_bits, linear.activation_bits, linear.group_size) == (bits, 16, 32)
     assert linear.shape == tuple(weight.shape) and linear.symmetric == is_symmetric
     # They multiply in the checkpoint's dtype and we in float32.
     assert torch.equal(restored(linear).to(dtype), theirs)
@@ -99,21 +105,21 @@ def test_eight_bits_of_compressed_tensors(is_packed: bool, tmp_path: Path) -> No
     assert torch.equal(restored(linear), theirs)
 
 
-def packed_along(values: torch.Tensor, dim: int) -> torch.Tensor:
-    """Nibbles 0..15 as int32 words of eight neighbours along ``dim``, as AutoGPTQ packs them."""
-    parts = values.to(torch.int64).movedim(dim, -1).unflatten(-1, (-1, 8))
-    words = sum(parts[..., i] << 4 * i for i in range(8))
+def packed_along(values: torch.Tensor, dim: int, bits: int = 4) -> torch.Tensor:
+    """Codes as int32 words of neighbours along ``dim``, as AutoGPTQ packs them: bit i of code k is bit b k + i."""
+    is_set = values.to(torch.int64).movedim(dim, -1)[..., None] >> torch.arange(bits) & 1
+    words = (is_set.flatten(-2).unflatten(-1, (-1, 32)) << torch.arange(32)).sum(-1)
     return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32).movedim(-1, dim)
 
 
 def gptq_tensors(
-    weight_codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, stored_less: int
+    weight_codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, stored_less: int, bits: int = 4
 ) -> dict[str, torch.Tensor]:
     """``weight_codes`` [K, N], ``scale`` and ``zero`` [G, N]."""
     num_inputs, num_groups = weight_codes.shape[0], scale.shape[0]
     return {
-        "x.qweight": packed_along(weight_codes, 0),
-        "x.qzeros": packed_along((zero - stored_less) & 15, 1),
+        "x.qweight": packed_along(weight_codes, 0, bits),
+        "x.qzeros": packed_along((zero - stored_less) % 2**bits, 1, bits),
         "x.scales": scale.half(),
         "x.g_idx": (torch.arange(num_inputs) // (num_inputs // num_groups)).int(),
     }
@@ -121,7 +127,8 @@ def gptq_tensors(
 
 @settings(max_examples=30, deadline=None)
 @given(
-    eighths=st.integers(1, 4),
+    bits=st.sampled_from([3, 4, 8]),
+    num_words=st.integers(1, 2),
     num_groups=st.integers(1, 3),
     version=st.sampled_from(["gptq", "gptq_v2"]),
     is_symmetric=st.booleans(),
@@ -129,24 +136,25 @@ def gptq_tensors(
 )
 def test_gptq(
     tmp_path_factory: pytest.TempPathFactory,
-    eighths: int,
+    bits: int,
+    num_words: int,
     num_groups: int,
     version: str,
     is_symmetric: bool,
     seed: int,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, 16, (32 * num_groups, 8 * eighths), generator=generator)
-    scale = torch.rand(num_groups, 8 * eighths, generator=generator).half()
-    zero = torch.randint(0, 16, scale.shape, generator=generator)
-    zero = torch.full_like(zero, 8) if is_symmetric else zero
-    tensors = gptq_tensors(codes, scale, zero, stored_less=int(version == "gptq"))
+    codes = torch.randint(0, 2**bits, (32 * num_groups, 32 * num_words), generator=generator)
+    scale = torch.rand(num_groups, 32 * num_words, generator=generator).half()
+    zero = torch.randint(0, 2**bits, scale.shape, generator=generator)
+    zero = torch.full_like(zero, 2 ** (bits - 1)) if is_symmetric else zero
+    tensors = gptq_tensors(codes, scale, zero, stored_less=int(version == "gptq"), bits=bits)
     stored = on_disk(tensors, tmp_path_factory.mktemp("gptq"))
-    config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": version}
+    config = {"quant_method": "gptq", "bits": bits, "group_size": 32, "checkpoint_format": version}
     linear = stored_linears(config, stored, "here")["x"]
     exact = (codes - zero.repeat_interleave(32, 0)).double() * scale.double().repeat_interleave(32, 0)
     assert torch.equal(restored(linear).double(), exact.t())
-    assert linear.symmetric == bool((zero == 8).all())
+    assert linear.symmetric == bool((zero == 2 ** (bits - 1)).all())
 
 
 def test_the_two_versions_of_gptq_are_told_apart(tmp_path: Path) -> None:
@@ -182,13 +190,14 @@ STATIC = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor",
     ("config", "field"),
     [
         ({"quant_method": "awq"}, "quant_method"),
-        ({"quant_method": "gptq", "bits": 3}, "bits"),
+        ({"quant_method": "gptq", "bits": 2}, "bits"),
         ({"quant_method": "compressed-tensors"}, "config_groups"),
         ({**compressed_tensors_config(INT8), "kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
         (compressed_tensors_config(INT8, "y"), "targets"),
         (compressed_tensors_config(INT8, input_activations=STATIC), "input_activations"),
         (compressed_tensors_config(QuantizationArgs(num_bits=8, type="float", strategy="channel")), "weights"),
-        (compressed_tensors_config(QuantizationArgs(num_bits=8, strategy="group", group_size=16)), "weights"),
+        (compressed_tensors_config(QuantizationArgs(num_bits=8, strategy="group", group_size=16)), "format"),
+        (compressed_tensors_config(QuantizationArgs(num_bits=8, strategy="channel", symmetric=False)), "weights"),
         (compressed_tensors_config(QuantizationArgs(num_bits=8, strategy="group", group_size=24)), "strategy"),
         (compressed_tensors_config(QuantizationArgs(num_bits=4, strategy="group", group_size=16)), "format"),
     ],

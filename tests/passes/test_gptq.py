@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infercomp.codegen.ops import int4_weight_linear, int8_weight_linear
+from infercomp.codegen.ops import group_weight_linear, int8_weight_linear
 from infercomp.passes import gptq
 from infercomp.passes.gptq import gptq_codes
 from infercomp.passes.linear_recipes import W4A16, W8A16, LinearRecipe
@@ -137,7 +137,7 @@ def test_stored_integers_stand_for_the_points_of_the_grid(seed: int, recipe: Lin
         found = int8_weight_linear.definition(eye, *stored, None)
     else:
         stored = (*stored, None) if recipe.symmetric else stored
-        found = int4_weight_linear.definition(eye, *stored, None, recipe.group_size)
+        found = group_weight_linear.definition(eye, *stored, None, recipe.weight_bits, recipe.group_size)
     assert torch.equal(found.t(), values_of(codes, grid))
     step = grid.of_channels(torch.arange(64))[0].abs()
     assert ((found.t() - weight).abs() <= step * 1.01).all() or size == 3e4

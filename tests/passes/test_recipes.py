@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import infercomp
 from infercomp.config import Config, parse_options
 from infercomp.passes.config import PassConfig
-from infercomp.passes.linear_recipes import GOBO, W4A8, W4A16, W8A8, W8A16, Recipe, fits
+from infercomp.passes.linear_recipes import GOBO, W3A16, W4A8, W4A16, W8A8, W8A16, Recipe, fits
 from infercomp.passes.recipes import HAWQ, RECIPES, LayerRecipes, recipe_from_json
 from infercomp.passes.rounding import GPTQ, ScaleSearch
 from infercomp.runtime.errors import ConfigError
@@ -86,6 +86,9 @@ def test_a_name_is_short_for_a_recipe(name: str) -> None:
         "w4a16-gptq": W4A16(128, True, GPTQ()),
         "w4a16-g32-gptq": W4A16(32, True, GPTQ()),
         "w4a16-g64-gptq": W4A16(64, True, GPTQ()),
+        "w3a16-gptq": W3A16(128, True, GPTQ()),
+        "w3a16-g32-gptq": W3A16(32, True, GPTQ()),
+        "w3a16-g64-gptq": W3A16(64, True, GPTQ()),
     }
     if name in methods:
         assert recipe == methods[name]
@@ -99,12 +102,12 @@ def test_a_name_is_short_for_a_recipe(name: str) -> None:
 
 def test_the_package_has_every_recipe() -> None:
     assert (infercomp.W8A8, infercomp.W8A16, infercomp.LayerRecipes) == (W8A8, W8A16, LayerRecipes)
-    assert (infercomp.W4A8, infercomp.W4A16) == (W4A8, W4A16)
+    assert (infercomp.W4A8, infercomp.W4A16, infercomp.W3A16) == (W4A8, W4A16, W3A16)
     assert (infercomp.GPTQ, infercomp.ScaleSearch, infercomp.HAWQ) == (GPTQ, ScaleSearch, HAWQ)
     assert infercomp.GOBO == GOBO
 
 
-@pytest.mark.parametrize("made", [W4A8, W4A16])
+@pytest.mark.parametrize("made", [W4A8, W4A16, W3A16])
 @pytest.mark.parametrize("group_size", [None, 0, -32, 31, 48, 8224, True, 32.0, "32"])
 def test_a_group_that_no_kernel_takes_is_refused(made: Any, group_size: Any) -> None:
     with pytest.raises(ConfigError, match="multiple of 32 up to 8192") as caught:
@@ -115,7 +118,7 @@ def test_a_group_that_no_kernel_takes_is_refused(made: Any, group_size: Any) -> 
 @pytest.mark.parametrize(
     ("make", "field"),
     [
-        (lambda: W8A8(group_size=32), "group_size"),
+        *[(lambda size=size: W8A8(group_size=size), "group_size") for size in (0, 31, 544, "32")],
         (lambda: W8A16(symmetric=False), "symmetric"),
         (lambda: W4A16(symmetric=1), "symmetric"),
         *[

@@ -14,9 +14,8 @@ HALF_PANEL = 16
 
 
 def panels_type(panel_format: PanelFormat, activation: torch.dtype) -> str:
-    """The struct of gemm.h that multiplies rows of ``activation`` with a weight format."""
+    """The struct of the support headers that multiplies rows of ``activation`` with a weight format."""
     kind = BUFFER_TYPES[activation]
-    zeros = "true" if panel_format.zero_points else "false"
     if panel_format.outlier_room is not None:
         return f"ClusteredWeightPanels<{panel_format.outlier_room}, {kind}>"
     if panel_format == F32:
@@ -25,9 +24,8 @@ def panels_type(panel_format: PanelFormat, activation: torch.dtype) -> str:
         return "BF16Panels"
     if panel_format == INT8:
         return "INT8Panels" if kind == "int8_t" else f"INT8WeightPanels<{kind}>"
-    if kind == "int8_t":
-        return f"INT4Panels<{panel_format.group}, {zeros}>"
-    return f"INT4WeightPanels<{panel_format.group}, {zeros}, {kind}>"
+    shape = f"{panel_format.bits}, {panel_format.group}, Zeros::{panel_format.zeros.upper()}"
+    return f"GroupPanels<{shape}>" if kind == "int8_t" else f"GroupWeightPanels<{shape}, {kind}>"
 
 
 def _weights(spec: MatmulSpec, outputs: str) -> tuple[str, str]:

@@ -2,19 +2,16 @@
 
 from .attention import attention
 from .clustered import clustered_weight_linear
+from .grouped import group_embedding, group_linear, group_weight_linear, quantize_weight_groups
 from .linear import ACTIVATIONS, gated_activation, linear, merge_weights
 from .norm import layer_norm, rms_norm
 from .op import VOCABULARY, Op, definition_of, op
 from .paged_attention import paged_attention, write_kv
 from .quantized import (
-    int4_embedding,
-    int4_linear,
-    int4_weight_linear,
     int8_embedding,
     int8_linear,
     int8_weight_linear,
     quantize_per_token,
-    quantize_weight_int4,
     quantize_weight_int8,
 )
 from .rope import rotary_embedding
@@ -27,9 +24,9 @@ __all__ = [
     "clustered_weight_linear",
     "definition_of",
     "gated_activation",
-    "int4_embedding",
-    "int4_linear",
-    "int4_weight_linear",
+    "group_embedding",
+    "group_linear",
+    "group_weight_linear",
     "int8_embedding",
     "int8_linear",
     "int8_weight_linear",
@@ -39,7 +36,7 @@ __all__ = [
     "op",
     "paged_attention",
     "quantize_per_token",
-    "quantize_weight_int4",
+    "quantize_weight_groups",
     "quantize_weight_int8",
     "rms_norm",
     "rotary_embedding",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from .group_codes import unpacked_codes
 from .op import compute_dtype, op
 
 ROWS_OF_TABLE = 16
@@ -19,7 +20,7 @@ def restored_clusters(
     weight: torch.Tensor, table: torch.Tensor, counts: torch.Tensor, columns: torch.Tensor, excess: torch.Tensor
 ) -> torch.Tensor:
     """The float32 weight [N, K] that codes, table and outliers stand for."""
-    codes = torch.stack((weight & 15, weight >> 4), -1).flatten(-2)
+    codes = unpacked_codes(weight, 4)
     restored = table.repeat_interleave(ROWS_OF_TABLE, 0).gather(1, codes.long())
     rows = torch.arange(len(weight), device=weight.device).repeat_interleave(counts)
     return restored.index_put((rows, columns.long()), excess, accumulate=True)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from ..lazy_tensor import Refused
+from ..ops.group_codes import highest_code, middle_code
 from ..specs import MatmulSpec
 from ..weight_panels import INT8
 from .emit_loops import emit_masked_store
@@ -220,7 +221,7 @@ def _load_weight(product: _Product, tiles: Tiles, offset: int, has_tail: bool) -
 def _load_packed_weight(
     product: _Product, tiles: Tiles, weight_row: str, conditions: list[str], has_tail: bool
 ) -> list[str]:
-    """Two codes a byte, a scale and perhaps a zero point a group: restored in float32, rounded to the rows' dtype."""
+    """Codes, a scale and perhaps a zero a group: restored in float32, rounded to the rows' dtype."""
     spec = product.spec
     group = spec.panel_format.group
     assert group is not None
@@ -229,19 +230,37 @@ def _load_packed_weight(
     mask = f", mask={' & '.join(conditions)}, other=0" if conditions else ""
     num_groups = max(1, tiles.inner // group)
     lines = [
-        f"pair = first_inner // 2 + tl.arange(0, {tiles.inner // 2})",
-        f"packed = tl.load(b1 + {weight_row} * {spec.reduced // 2} + pair[None, :]{mask})",
-        "codes = tl.interleave(packed & 15, packed >> 4).to(tl.float32)",
+        *_load_codes(spec.panel_format.bits, f"b1 + {weight_row} * {spec.reduced * spec.panel_format.bits // 8}", mask),
         f"group = first_inner // {group} + tl.arange(0, {num_groups})",
         f"place = {weight_row} * {spec.reduced // group} + group[None, :]",
         f"scale = tl.load(b2 + place{mask}).to(tl.float32)[:, :, None]",
-        f"codes = tl.reshape(codes, (TILE_COLUMNS, {num_groups}, {tiles.inner // num_groups}))",
+        f"codes = tl.reshape(codes.to(tl.float32), (TILE_COLUMNS, {num_groups}, {tiles.inner // num_groups}))",
     ]
-    zero = "8.0"
-    if spec.panel_format.zero_points:
+    restored = f"(codes - {float(middle_code(spec.panel_format.bits))}) * scale"
+    if spec.panel_format.zeros != "middle":
         lines.append(f"zero = tl.load(b3 + place{mask}).to(tl.float32)[:, :, None]")
-        zero = "zero"
-    return [*lines, f"w = tl.reshape((codes - {zero}) * scale, (TILE_COLUMNS, TILE_INNER)).to(x.dtype)"]
+        restored = "(codes - zero) * scale" if spec.panel_format.zeros == "points" else "codes * scale + zero"
+    return [*lines, f"w = tl.reshape({restored}, (TILE_COLUMNS, TILE_INNER)).to(x.dtype)"]
+
+
+def _load_codes(bits: int, row: str, mask: str) -> list[str]:
+    """``codes`` [TILE_COLUMNS, TILE_INNER] of rows that are streams of bits, as group_codes.py has them."""
+    if bits == 8:
+        return [f"codes = tl.load({row} + k[None, :]{mask})"]
+    if bits == 4:
+        return [
+            "pair = first_inner // 2 + tl.arange(0, TILE_INNER // 2)",
+            f"packed = tl.load({row} + pair[None, :]{mask})",
+            "codes = tl.interleave(packed & 15, packed >> 4)",
+        ]
+    split = f"(k * {bits} % 8 > {8 - bits})[None, :]"
+    split = mask.replace("mask=", f"mask={split} & ") if mask else f", mask={split}, other=0"
+    return [
+        f"byte = (k * {bits} // 8)[None, :]",
+        f"low = tl.load({row} + byte{mask}).to(tl.int32)",
+        f"high = tl.load({row} + byte + 1{split}).to(tl.int32)",
+        f"codes = ((high << 8 | low) >> (k * {bits} % 8)[None, :]) & {highest_code(bits)}",
+    ]
 
 
 def _whole_text(product: _Product, name: str, tiles: Tiles) -> str:

@@ -10,11 +10,11 @@ from infercomp.codegen.grouping import Group, Planner
 from infercomp.codegen.model_graph import ModelGraph
 from infercomp.codegen.ops import (
     attention,
-    int4_weight_linear,
+    group_weight_linear,
     int8_linear,
     linear,
     paged_attention,
-    quantize_weight_int4,
+    quantize_weight_groups,
     quantize_weight_int8,
     rms_norm,
     write_kv,
@@ -69,13 +69,13 @@ class Int4Product(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        packed, scale, zero = quantize_weight_int4(torch.randn(OUTPUTS, CHANNELS), GROUP, False)
+        packed, scale, zero = quantize_weight_groups(torch.randn(OUTPUTS, CHANNELS), 4, GROUP, False)
         self.register_buffer("weight", packed)
         self.register_buffer("scale", scale)
         self.register_buffer("zero", zero)
 
     def forward(self, rows: Tensor) -> Tensor:
-        return int4_weight_linear(rows, self.weight, self.scale, self.zero, None, GROUP)
+        return group_weight_linear(rows, self.weight, self.scale, self.zero, None, 4, GROUP)
 
 
 class Attention(nn.Module):

@@ -7,6 +7,7 @@ import platform
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,13 +18,14 @@ from torch import Tensor
 
 import infercomp.codegen.cpp
 from infercomp.codegen import weight_panels
-from infercomp.codegen.weight_panels import PANEL, PanelFormat, gated_row_order, plain_row_order
+from infercomp.codegen.group_panels import pack_group_panels
+from infercomp.codegen.weight_panels import PANEL, PanelFormat, gated_row_order, grouped, plain_row_order
 
 SUPPORT = Path(infercomp.codegen.cpp.__file__).parent / "support"
 
 # A product in blocks of at most `block` rows, each panel's tile copied to its place in the output.
 HARNESS = """
-#include "gemm.h"
+#include "group_panels.h"
 using namespace infercomp;
 
 template <class Format, class... RowSums>
@@ -65,10 +67,17 @@ EXPORT_FLOAT(f32, F32Panels)
 EXPORT_FLOAT(bf16_panels, BF16Panels)
 EXPORT_INT(int8, INT8Panels)
 EXPORT_FLOAT(int8_weights_bf16, INT8WeightPanels<bf16>)
-EXPORT_INT(int4_g32_zp, INT4Panels<32, true>)
-EXPORT_INT(int4_g64, INT4Panels<64, false>)
-EXPORT_FLOAT(int4_weights_g32_zp, INT4WeightPanels<32, true, float>)
-EXPORT_FLOAT(int4_weights_g128_bf16, INT4WeightPanels<128, false, bf16>)
+EXPORT_INT(int3_g64, GroupPanels<3, 64, Zeros::MIDDLE>)
+EXPORT_INT(int4_g32_zp, GroupPanels<4, 32, Zeros::POINTS>)
+EXPORT_INT(int4_g32_zv, GroupPanels<4, 32, Zeros::VALUES>)
+EXPORT_INT(int4_g64, GroupPanels<4, 64, Zeros::MIDDLE>)
+EXPORT_INT(int8_g32, GroupPanels<8, 32, Zeros::MIDDLE>)
+EXPORT_FLOAT(int3_weights_g64, GroupWeightPanels<3, 64, Zeros::MIDDLE, float>)
+EXPORT_FLOAT(int3_weights_g32_zp_bf16, GroupWeightPanels<3, 32, Zeros::POINTS, bf16>)
+EXPORT_FLOAT(int4_weights_g32_zp, GroupWeightPanels<4, 32, Zeros::POINTS, float>)
+EXPORT_FLOAT(int4_weights_g32_zv_bf16, GroupWeightPanels<4, 32, Zeros::VALUES, bf16>)
+EXPORT_FLOAT(int4_weights_g128_bf16, GroupWeightPanels<4, 128, Zeros::MIDDLE, bf16>)
+EXPORT_FLOAT(int8_weights_g32, GroupWeightPanels<8, 32, Zeros::MIDDLE, float>)
 
 template <class Format, class Source>
 void unpacked(int num_rows, const void* rows, int64_t row_stride, const Source& weight, int64_t k, float* panel,
@@ -205,51 +214,78 @@ def int8_weights_case(num_rows: int, n: int, k: int, order: Tensor, activation: 
     return Case(poisoned(rows, float("nan")), panels, order, None, weight.double(), tolerance)
 
 
-def int4_case(
-    num_rows: int, n: int, k: int, order: Tensor, *, group: int, zero_points: bool, activation: torch.dtype
+def group_case(
+    num_rows: int, n: int, k: int, order: Tensor, panel_format: PanelFormat, activation: torch.dtype
 ) -> Case:
     """`k` is rounded up to whole groups."""
+    group, bits = panel_format.group, panel_format.bits
+    assert group is not None
     num_groups = -(-k // group)
     k = num_groups * group
-    q = torch.randint(0, 16, (n, k), dtype=torch.uint8)
+    codes = torch.randint(0, 1 << bits, (n, k), dtype=torch.uint8)
     # Subnormal half-precision scales are among them.
     scales = (torch.randn(n, num_groups) * 10.0 ** torch.randint(-7, 3, (n, num_groups))).half()
-    zeros = torch.randint(0, 256, (n, num_groups), dtype=torch.uint8) if zero_points else None
-    panels = weight_panels.pack_int4_panels(q, scales, zeros, order)
-    shifts = zeros.double() if zeros is not None else torch.full((n, num_groups), 8.0, dtype=torch.float64)
-    weight = scales.double().repeat_interleave(group, 1) * (q - shifts.repeat_interleave(group, 1))
+    zeros = {
+        "middle": None,
+        "points": torch.randint(0, 256, (n, num_groups), dtype=torch.uint8),
+        "values": (torch.randn(n, num_groups) * 10.0 ** torch.randint(-7, 3, (n, num_groups))).half(),
+    }[panel_format.zeros]
+    panels = pack_group_panels(bits, codes, scales, zeros, order)
+    steps, has_values = scales.double().repeat_interleave(group, 1), panel_format.zeros == "values"
+    shifts = torch.full((n, num_groups), 2.0 ** (bits - 1)) if zeros is None else zeros
+    shifts = shifts.double().repeat_interleave(group, 1)
+    weight = steps * codes + shifts if has_values else steps * (codes - shifts)
+    # Products and their sums may be larger than those of what they make together.
+    parts = steps.abs() * codes + shifts.abs() if has_values else weight
     rows = int8_values(num_rows, k) if activation == torch.int8 else torch.randn(num_rows, k).to(activation)
     row_sums = rows.unflatten(1, (num_groups, group)).sum(2, dtype=torch.int32) if activation == torch.int8 else None
-    # One rounding more a group than products: the scale's.
-    tolerance = sum_tolerance(rows, weight, k + num_groups)
+    # Two roundings more a group than products: the scale's and the zero's.
+    tolerance = sum_tolerance(rows, parts, k + 2 * num_groups)
     return Case(
         poisoned(rows, 77 if activation == torch.int8 else float("nan")), panels, order, row_sums, weight, tolerance
     )
 
 
 def case_of(kernel: str) -> Callable[[int, int, int, Tensor], Case]:
-    f32, bf16, i8 = torch.float32, torch.bfloat16, torch.int8
+    f32, bf16 = torch.float32, torch.bfloat16
     return {
         "f32": lambda *shape: float_case(*shape, f32, f32),
         "bf16_panels": lambda *shape: float_case(*shape, bf16, bf16),
         "int8": int8_case,
         "int8_weights_bf16": lambda *shape: int8_weights_case(*shape, bf16),
-        "int4_g32_zp": lambda *shape: int4_case(*shape, group=32, zero_points=True, activation=i8),
-        "int4_g64": lambda *shape: int4_case(*shape, group=64, zero_points=False, activation=i8),
-        "int4_weights_g32_zp": lambda *shape: int4_case(*shape, group=32, zero_points=True, activation=f32),
-        "int4_weights_g128_bf16": lambda *shape: int4_case(*shape, group=128, zero_points=False, activation=bf16),
+        **{name: partial(group_case, panel_format=FORMATS[name], activation=rows) for name, rows in GROUPS.items()},
     }[kernel]
 
 
+GROUPS = {
+    "int3_g64": torch.int8,
+    "int4_g32_zp": torch.int8,
+    "int4_g32_zv": torch.int8,
+    "int4_g64": torch.int8,
+    "int8_g32": torch.int8,
+    "int3_weights_g64": torch.float32,
+    "int3_weights_g32_zp_bf16": torch.bfloat16,
+    "int4_weights_g32_zp": torch.float32,
+    "int4_weights_g32_zv_bf16": torch.bfloat16,
+    "int4_weights_g128_bf16": torch.bfloat16,
+    "int8_weights_g32": torch.float32,
+}
 FORMATS: dict[str, PanelFormat] = {
     "f32": weight_panels.F32,
     "bf16_panels": weight_panels.BF16,
     "int8": weight_panels.INT8,
     "int8_weights_bf16": weight_panels.INT8,
-    "int4_g32_zp": weight_panels.int4(32, True),
-    "int4_g64": weight_panels.int4(64, False),
-    "int4_weights_g32_zp": weight_panels.int4(32, True),
-    "int4_weights_g128_bf16": weight_panels.int4(128, False),
+    "int3_g64": grouped(3, 64, "middle"),
+    "int4_g32_zp": grouped(4, 32, "points"),
+    "int4_g32_zv": grouped(4, 32, "values"),
+    "int4_g64": grouped(4, 64, "middle"),
+    "int8_g32": grouped(8, 32, "middle"),
+    "int3_weights_g64": grouped(3, 64, "middle"),
+    "int3_weights_g32_zp_bf16": grouped(3, 32, "points"),
+    "int4_weights_g32_zp": grouped(4, 32, "points"),
+    "int4_weights_g32_zv_bf16": grouped(4, 32, "values"),
+    "int4_weights_g128_bf16": grouped(4, 128, "middle"),
+    "int8_weights_g32": grouped(8, 32, "middle"),
 }
 SHAPES = st.tuples(st.integers(1, 30), st.integers(1, 80), st.integers(1, 150), st.booleans(), st.integers(0, 999))
 
@@ -279,7 +315,7 @@ def test_product_and_its_bits(
         assert torch.equal(whole[last], case.product(library, kernel, rows=last)), name
 
 
-@pytest.mark.parametrize("kernel", ["int8", "int4_g64"])
+@pytest.mark.parametrize("kernel", ["int8", "int4_g64", "int8_g32"])
 def test_long_sums_of_the_largest_values(kernel: str, library: ctypes.CDLL) -> None:
     """What would saturate or wrap, does so here: 4,096 products of -128 with the weight furthest from zero."""
     k, n = 4096, 32
@@ -289,9 +325,11 @@ def test_long_sums_of_the_largest_values(kernel: str, library: ctypes.CDLL) -> N
         weight = torch.full((n, k), 127, dtype=torch.int8)
         panels, groups = weight_panels.pack_int8_panels(weight, order), 1
     else:
-        weight = torch.full((n, k), 7)
-        scales = torch.ones(n, k // 64, dtype=torch.float16)
-        panels, groups = weight_panels.pack_int4_panels((weight + 8).to(torch.uint8), scales, None, order), k // 64
+        panel_format = FORMATS[kernel]
+        bits, groups, middle = panel_format.bits, k // panel_format.group, 1 << (panel_format.bits - 1)
+        weight = torch.full((n, k), middle - 1)
+        scales = torch.ones(n, groups, dtype=torch.float16)
+        panels = pack_group_panels(bits, (weight + middle).to(torch.uint8), scales, None, order)
     row_sums = rows.unflatten(1, (groups, -1)).sum(2, dtype=torch.int32)
     case = Case(rows, panels, order, row_sums, weight.double(), 0.0)
     assert case.is_right(case.product(library, kernel))
@@ -408,6 +446,6 @@ def test_bad_operands_are_refused() -> None:
     with pytest.raises(ValueError, match="does not fill panels"):
         weight_panels.pack_float_panels(torch.zeros(4, 4), torch.arange(4))
     with pytest.raises(ValueError, match="groups of 64"):
-        weight_panels.int4(64, False).panel_bytes(96)
+        grouped(4, 64, "middle").panel_bytes(96)
     with pytest.raises(ValueError, match="multiple of 32"):
-        weight_panels.int4(48, False)
+        grouped(4, 48, "middle")

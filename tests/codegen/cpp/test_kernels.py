@@ -20,12 +20,12 @@ from infercomp.codegen.lower import lower
 from infercomp.codegen.ops import (
     attention,
     gated_activation,
-    int4_linear,
+    group_linear,
     int8_embedding,
     int8_linear,
     layer_norm,
     quantize_per_token,
-    quantize_weight_int4,
+    quantize_weight_groups,
     quantize_weight_int8,
     rms_norm,
     rotary_embedding,
@@ -147,7 +147,9 @@ class Quantized(nn.Module):
         self.group = group
         for name, value in zip(("int8", "scale8"), quantize_weight_int8(weight), strict=True):
             self.register_buffer(name, value)
-        for name, value in zip(("int4", "scale4", "zero4"), quantize_weight_int4(weight, group, False), strict=True):
+        for name, value in zip(
+            ("int4", "scale4", "zero4"), quantize_weight_groups(weight, 4, group, False), strict=True
+        ):
             self.register_buffer(name, value)
 
     def forward(self, x: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -159,7 +161,7 @@ class Quantized(nn.Module):
             sums,
             grouped[2],
             int8_linear(q, scale, sums, self.int8, self.scale8, None, torch.float32),
-            int4_linear(*grouped, self.int4, self.scale4, self.zero4, None, self.group, torch.float32),
+            group_linear(*grouped, self.int4, self.scale4, self.zero4, None, 4, self.group, torch.float32),
             int8_embedding(self.int8, self.scale8, ids, torch.float32),
         )
 

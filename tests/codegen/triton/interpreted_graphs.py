@@ -18,7 +18,8 @@ from torch import nn
 
 from infercomp.codegen.config import CodegenConfig
 from infercomp.codegen.lower import lower
-from infercomp.codegen.ops import int4_weight_linear, int8_weight_linear
+from infercomp.codegen.ops import group_weight_linear, int8_weight_linear, quantize_weight_groups
+from infercomp.codegen.ops.group_codes import CODE_BITS
 from infercomp.passes.config import PassConfig
 from infercomp.passes.pipeline import pass_names, run_pipeline
 from infercomp.runtime.errors import BuildError, InputError
@@ -61,18 +62,26 @@ def test_kernels_agree_with_definitions(
 
 
 class WeightOnly(nn.Module):
-    """Float rows times integer weights."""
+    """Float rows times integer weights: a scale a row, and groups of each number of bits."""
 
     def __init__(self, channels: int, outputs: int, group: int) -> None:
         super().__init__()
-        self.source = Quantized(channels, outputs, group)
+        self.source, self.group = Quantized(channels, outputs, group), group
+        weight = torch.randn(outputs, channels)
+        for bits in CODE_BITS:
+            for name, value in zip(
+                ("codes", "scale", "zero"), quantize_weight_groups(weight, bits, group, False), strict=True
+            ):
+                self.register_buffer(f"{name}{bits}", value)
+            self.register_buffer(f"value{bits}", torch.randn(outputs, channels // group).half())
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        s = self.source
-        return (
-            int8_weight_linear(x, s.int8, s.scale8, None),
-            int4_weight_linear(x, s.int4, s.scale4, s.zero4, None, s.group),
-        )
+        results = [int8_weight_linear(x, self.source.int8, self.source.scale8, None)]
+        for bits in CODE_BITS:
+            codes, scale, zero = (getattr(self, f"{name}{bits}") for name in ("codes", "scale", "zero"))
+            for each in (zero, None, getattr(self, f"value{bits}")):
+                results.append(group_weight_linear(x, codes, scale, each, None, bits, self.group))
+        return tuple(results)
 
 
 @settings(max_examples=3, deadline=None, phases=PHASES)
@@ -83,7 +92,7 @@ def test_integer_kernels(rows: int, group: int, num_groups: int, outputs: int) -
     x[0] = 0.0
     ids = torch.randint(0, outputs, (rows,))
     got, ops = outputs_of(module, x, ids)
-    assert {op.op for op in ops if op.how in ("aten", "definition")} == {"infercomp.int4_linear"}
+    assert {op.op for op in ops if op.how in ("aten", "definition")} == {"infercomp.group_linear"}
     for position, (mine, expected) in enumerate(zip(got, module(x, ids), strict=True)):
         assert torch.equal(mine, expected), position
 

@@ -5,7 +5,7 @@
 
 namespace infercomp {
 
-// Words as in INT4Words; each half of a panel has a table of 16 floats.
+// Words as those of 4 bits in group_panels.h; each half of a panel has a table of 16 floats.
 struct ClusterWords {
     static constexpr int PER_WORD = 8;
 #if defined(__AVX512BW__)

@@ -1,7 +1,7 @@
 // Matrix products of a few rows of activations with a weight in panels of 32 outputs.
 //
 // A panel is one sequential stream of 32-bit words: for each step along k, 32 words, one an output, each holding the
-// next 1 (float), 2 (bfloat16), 4 (INT8) or 8 (INT4) weights of that output. One broadcast activation thus serves a
+// next 1 (float), 2 (bfloat16) or 4 (INT8) weights of that output. One broadcast activation thus serves a
 // whole register of outputs, and nothing is ever summed across lanes. Which row of the weight an output is, is decided
 // by who packs: infercomp/codegen/weight_panels.py ahead of time, `pack_panel` here on the fly.
 //

@@ -5,7 +5,7 @@
 #include <type_traits>
 
 #include "clustered_panels.h"
-#include "gemm.h"
+#include "group_panels.h"
 #include "step.h"
 
 namespace infercomp {

@@ -42,23 +42,6 @@ struct INT8Words {
 // Byte b of a word holds weight b in its low and weight b + 4 in its high nibble.
 constexpr int nibble_position(int i) { return i % 4 * 8 + i / 4 * 4; }
 
-struct INT4Words {
-    static constexpr int PER_WORD = 8;
-    // Zero points, each plus the power of the field at bits 0, 4, 8 and 12.
-    native_f32 zeros_plus_power[4][PANEL_VECTORS];
-
-    INFERCOMP_INLINE void set_zeros(native_f32 zeros, int v) {
-        INFERCOMP_UNROLL
-        for (int field = 0; field < 4; ++field) zeros_plus_power[field][v] = zeros + field_power(field * 4);
-    }
-
-    INFERCOMP_INLINE native_f32 weight(native_u32 words, int i, int v) const {
-        const int at = nibble_position(i) % 16;
-        const native_u32 shifted = nibble_position(i) < 16 ? words : words >> 16;
-        return field_plus_power<4>(shifted, at) - zeros_plus_power[at / 4][v];
-    }
-};
-
 // Where the activations of a word are in their row, and how far it is to the next word's.
 struct InOrder {
     static constexpr int offset(int i) { return i; }

@@ -9,22 +9,22 @@ namespace infercomp {
 // nodes: linear
 // operands: b0 = rows, b1 = packed p_weight, b2 = p_bias, b3 = linear
 // cpp/golden_models.py:51 in forward: return linear(rows, self.weight, self.bias)
-static Product matmul_9892f34ffe78_product(const int64_t* sizes) {
+static Product matmul_6dc94f61cdc1_product(const int64_t* sizes) {
     return {6, divide_up(48, 32), 64, 64, 1};
 }
 
-static int64_t matmul_9892f34ffe78_tasks(void* const*, const int64_t* sizes) {
-    return num_product_tasks<BF16Panels, Panels>(matmul_9892f34ffe78_product(sizes));
+static int64_t matmul_6dc94f61cdc1_tasks(void* const*, const int64_t* sizes) {
+    return num_product_tasks<BF16Panels, Panels>(matmul_6dc94f61cdc1_product(sizes));
 }
 
-static void matmul_9892f34ffe78(void* const* operands, const int64_t* sizes, int64_t task, Errors&) {
+static void matmul_6dc94f61cdc1(void* const* operands, const int64_t* sizes, int64_t task, Errors&) {
     const bf16* b0 = static_cast<const bf16*>(operands[0]);
     const uint8_t* b1 = static_cast<const uint8_t*>(operands[1]);
     const bf16* b2 = static_cast<const bf16*>(operands[2]);
     bf16* b3 = static_cast<bf16*>(operands[3]);
     const Panels weights{b1};
     const auto* left = b0 + 0;
-    run_product_task<BF16Panels>(matmul_9892f34ffe78_product(sizes), task, left, nullptr, weights,
+    run_product_task<BF16Panels>(matmul_6dc94f61cdc1_product(sizes), task, left, nullptr, weights,
         [=](int64_t r, int64_t panel, const auto* products) {
             const int64_t first_column = panel * 32;
             const int64_t num_columns = std::min(int64_t(32), 48 - first_column);
@@ -40,11 +40,11 @@ static void matmul_9892f34ffe78(void* const* operands, const int64_t* sizes, int
         });
 }
 
-static Stream matmul_9892f34ffe78_stream(void* const* operands, const int64_t* sizes, int64_t task) {
+static Stream matmul_6dc94f61cdc1_stream(void* const* operands, const int64_t* sizes, int64_t task) {
     const uint8_t* panels = static_cast<const uint8_t*>(operands[1]);
-    return product_stream<BF16Panels>(matmul_9892f34ffe78_product(sizes), task, panels);
+    return product_stream<BF16Panels>(matmul_6dc94f61cdc1_product(sizes), task, panels);
 }
 
 }  // namespace infercomp
 
-extern "C" const infercomp::Kernel infercomp_kernel_matmul_9892f34ffe78 = {"matmul_9892f34ffe78", infercomp::matmul_9892f34ffe78_tasks, infercomp::matmul_9892f34ffe78, infercomp::matmul_9892f34ffe78_stream};
+extern "C" const infercomp::Kernel infercomp_kernel_matmul_6dc94f61cdc1 = {"matmul_6dc94f61cdc1", infercomp::matmul_6dc94f61cdc1_tasks, infercomp::matmul_6dc94f61cdc1, infercomp::matmul_6dc94f61cdc1_stream};

@@ -9,22 +9,22 @@ namespace infercomp {
 // nodes: linear
 // operands: b0 = rows, b1 = packed p_weight, b2 = p_bias, b3 = linear
 // cpp/golden_models.py:51 in forward: return linear(rows, self.weight, self.bias)
-static Product matmul_c419e9cafbaa_product(const int64_t* sizes) {
+static Product matmul_27a26dfe64c1_product(const int64_t* sizes) {
     return {6, divide_up(48, 32), 64, 64, 1};
 }
 
-static int64_t matmul_c419e9cafbaa_tasks(void* const*, const int64_t* sizes) {
-    return num_product_tasks<F32Panels, Panels>(matmul_c419e9cafbaa_product(sizes));
+static int64_t matmul_27a26dfe64c1_tasks(void* const*, const int64_t* sizes) {
+    return num_product_tasks<F32Panels, Panels>(matmul_27a26dfe64c1_product(sizes));
 }
 
-static void matmul_c419e9cafbaa(void* const* operands, const int64_t* sizes, int64_t task, Errors&) {
+static void matmul_27a26dfe64c1(void* const* operands, const int64_t* sizes, int64_t task, Errors&) {
     const float* b0 = static_cast<const float*>(operands[0]);
     const uint8_t* b1 = static_cast<const uint8_t*>(operands[1]);
     const float* b2 = static_cast<const float*>(operands[2]);
     float* b3 = static_cast<float*>(operands[3]);
     const Panels weights{b1};
     const auto* left = b0 + 0;
-    run_product_task<F32Panels>(matmul_c419e9cafbaa_product(sizes), task, left, nullptr, weights,
+    run_product_task<F32Panels>(matmul_27a26dfe64c1_product(sizes), task, left, nullptr, weights,
         [=](int64_t r, int64_t panel, const auto* products) {
             const int64_t first_column = panel * 32;
             const int64_t num_columns = std::min(int64_t(32), 48 - first_column);
@@ -39,11 +39,11 @@ static void matmul_c419e9cafbaa(void* const* operands, const int64_t* sizes, int
         });
 }
 
-static Stream matmul_c419e9cafbaa_stream(void* const* operands, const int64_t* sizes, int64_t task) {
+static Stream matmul_27a26dfe64c1_stream(void* const* operands, const int64_t* sizes, int64_t task) {
     const uint8_t* panels = static_cast<const uint8_t*>(operands[1]);
-    return product_stream<F32Panels>(matmul_c419e9cafbaa_product(sizes), task, panels);
+    return product_stream<F32Panels>(matmul_27a26dfe64c1_product(sizes), task, panels);
 }
 
 }  // namespace infercomp
 
-extern "C" const infercomp::Kernel infercomp_kernel_matmul_c419e9cafbaa = {"matmul_c419e9cafbaa", infercomp::matmul_c419e9cafbaa_tasks, infercomp::matmul_c419e9cafbaa, infercomp::matmul_c419e9cafbaa_stream};
+extern "C" const infercomp::Kernel infercomp_kernel_matmul_27a26dfe64c1 = {"matmul_27a26dfe64c1", infercomp::matmul_27a26dfe64c1_tasks, infercomp::matmul_27a26dfe64c1, infercomp::matmul_27a26dfe64c1_stream};

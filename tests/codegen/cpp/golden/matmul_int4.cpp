@@ -5,25 +5,25 @@
 
 namespace infercomp {
 
-// ops: infercomp.int4_weight_linear.default
-// nodes: int4_weight_linear
-// operands: b0 = rows, b1 = packed b_weight, b2 = int4_weight_linear
-// cpp/golden_models.py:78 in forward: return int4_weight_linear(rows, self.weight, self.scale, self.zero, None, GROUP)
-static Product matmul_058d8928e313_product(const int64_t* sizes) {
+// ops: infercomp.group_weight_linear.default
+// nodes: group_weight_linear
+// operands: b0 = rows, b1 = packed b_weight, b2 = group_weight_linear
+// cpp/golden_models.py:78 in forward: return group_weight_linear(rows, self.weight, self.scale, self.zero, None, 4, GROUP)
+static Product matmul_c377fe9112ee_product(const int64_t* sizes) {
     return {6, divide_up(48, 32), 64, 64, 2};
 }
 
-static int64_t matmul_058d8928e313_tasks(void* const*, const int64_t* sizes) {
-    return num_product_tasks<INT4WeightPanels<32, true, float>, Panels>(matmul_058d8928e313_product(sizes));
+static int64_t matmul_c377fe9112ee_tasks(void* const*, const int64_t* sizes) {
+    return num_product_tasks<GroupWeightPanels<4, 32, Zeros::POINTS, float>, Panels>(matmul_c377fe9112ee_product(sizes));
 }
 
-static void matmul_058d8928e313(void* const* operands, const int64_t* sizes, int64_t task, Errors&) {
+static void matmul_c377fe9112ee(void* const* operands, const int64_t* sizes, int64_t task, Errors&) {
     const float* b0 = static_cast<const float*>(operands[0]);
     const uint8_t* b1 = static_cast<const uint8_t*>(operands[1]);
     float* b2 = static_cast<float*>(operands[2]);
     const Panels weights{b1};
     const auto* left = b0 + 0;
-    run_product_task<INT4WeightPanels<32, true, float>>(matmul_058d8928e313_product(sizes), task, left, nullptr, weights,
+    run_product_task<GroupWeightPanels<4, 32, Zeros::POINTS, float>>(matmul_c377fe9112ee_product(sizes), task, left, nullptr, weights,
         [=](int64_t r, int64_t panel, const auto* products) {
             const int64_t first_column = panel * 32;
             const int64_t num_columns = std::min(int64_t(32), 48 - first_column);
@@ -36,11 +36,11 @@ static void matmul_058d8928e313(void* const* operands, const int64_t* sizes, int
         });
 }
 
-static Stream matmul_058d8928e313_stream(void* const* operands, const int64_t* sizes, int64_t task) {
+static Stream matmul_c377fe9112ee_stream(void* const* operands, const int64_t* sizes, int64_t task) {
     const uint8_t* panels = static_cast<const uint8_t*>(operands[1]);
-    return product_stream<INT4WeightPanels<32, true, float>>(matmul_058d8928e313_product(sizes), task, panels);
+    return product_stream<GroupWeightPanels<4, 32, Zeros::POINTS, float>>(matmul_c377fe9112ee_product(sizes), task, panels);
 }
 
 }  // namespace infercomp
 
-extern "C" const infercomp::Kernel infercomp_kernel_matmul_058d8928e313 = {"matmul_058d8928e313", infercomp::matmul_058d8928e313_tasks, infercomp::matmul_058d8928e313, infercomp::matmul_058d8928e313_stream};
+extern "C" const infercomp::Kernel infercomp_kernel_matmul_c377fe9112ee = {"matmul_c377fe9112ee", infercomp::matmul_c377fe9112ee_tasks, infercomp::matmul_c377fe9112ee, infercomp::matmul_c377fe9112ee_stream};

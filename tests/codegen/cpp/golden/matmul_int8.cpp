@@ -9,15 +9,15 @@ namespace infercomp {
 // nodes: int8_linear
 // operands: b0 = quantized, b1 = packed b_weight, b2 = sums, b3 = scale, b4 = b_scale, b5 = int8_linear
 // cpp/golden_models.py:64 in forward: return int8_linear(quantized, scale, sums, self.weight, self.scale, None, torch.float32)
-static Product matmul_e6aa4cd0e9b1_product(const int64_t* sizes) {
+static Product matmul_0986fe21c817_product(const int64_t* sizes) {
     return {6, divide_up(48, 32), 64, 64, 1};
 }
 
-static int64_t matmul_e6aa4cd0e9b1_tasks(void* const*, const int64_t* sizes) {
-    return num_product_tasks<INT8Panels, Panels>(matmul_e6aa4cd0e9b1_product(sizes));
+static int64_t matmul_0986fe21c817_tasks(void* const*, const int64_t* sizes) {
+    return num_product_tasks<INT8Panels, Panels>(matmul_0986fe21c817_product(sizes));
 }
 
-static void matmul_e6aa4cd0e9b1(void* const* operands, const int64_t* sizes, int64_t task, Errors&) {
+static void matmul_0986fe21c817(void* const* operands, const int64_t* sizes, int64_t task, Errors&) {
     const int8_t* b0 = static_cast<const int8_t*>(operands[0]);
     const uint8_t* b1 = static_cast<const uint8_t*>(operands[1]);
     const int32_t* b2 = static_cast<const int32_t*>(operands[2]);
@@ -26,7 +26,7 @@ static void matmul_e6aa4cd0e9b1(void* const* operands, const int64_t* sizes, int
     float* b5 = static_cast<float*>(operands[5]);
     const Panels weights{b1};
     const auto* left = b0 + 0;
-    run_product_task<INT8Panels>(matmul_e6aa4cd0e9b1_product(sizes), task, left, b2, weights,
+    run_product_task<INT8Panels>(matmul_0986fe21c817_product(sizes), task, left, b2, weights,
         [=](int64_t r, int64_t panel, const auto* products) {
             const int64_t first_column = panel * 32;
             const int64_t num_columns = std::min(int64_t(32), 48 - first_column);
@@ -44,11 +44,11 @@ static void matmul_e6aa4cd0e9b1(void* const* operands, const int64_t* sizes, int
         });
 }
 
-static Stream matmul_e6aa4cd0e9b1_stream(void* const* operands, const int64_t* sizes, int64_t task) {
+static Stream matmul_0986fe21c817_stream(void* const* operands, const int64_t* sizes, int64_t task) {
     const uint8_t* panels = static_cast<const uint8_t*>(operands[1]);
-    return product_stream<INT8Panels>(matmul_e6aa4cd0e9b1_product(sizes), task, panels);
+    return product_stream<INT8Panels>(matmul_0986fe21c817_product(sizes), task, panels);
 }
 
 }  // namespace infercomp
 
-extern "C" const infercomp::Kernel infercomp_kernel_matmul_e6aa4cd0e9b1 = {"matmul_e6aa4cd0e9b1", infercomp::matmul_e6aa4cd0e9b1_tasks, infercomp::matmul_e6aa4cd0e9b1, infercomp::matmul_e6aa4cd0e9b1_stream};
+extern "C" const infercomp::Kernel infercomp_kernel_matmul_0986fe21c817 = {"matmul_0986fe21c817", infercomp::matmul_0986fe21c817_tasks, infercomp::matmul_0986fe21c817, infercomp::matmul_0986fe21c817_stream};
