@@ -295,6 +295,7 @@ def _compiled(
     from .kernel_prefetch import prefetch_kernels
     from .passes.config import check_pass_names
     from .passes.pipeline import pass_names
+    from .passes.recipes import Stored
     from .serving import compile_for_serving, position_limit
     from .stored_recipe import with_stored_recipe
 
@@ -304,7 +305,8 @@ def _compiled(
         module = model if dtype is None else model.to(dtype)
         check_vocabulary(module, tokenizer, type(module).__name__)
     else:
-        loaded = load(model, dtype=dtype, takes_integers=True)
+        widens = not isinstance(config.passes.recipe, Stored)
+        loaded = load(model, dtype=dtype, takes_integers=True, widens_gguf=widens)
         module, tokenizer, linears = loaded.model, tokenizer or loaded.tokenizer, loaded.linears
         config = with_stored_recipe(config, linears, module)
     _max_model_len(position_limit(module), config)

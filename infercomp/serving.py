@@ -21,6 +21,7 @@ from .config import Config
 from .loading.compressed_tensors import SCALE
 from .loading.stored_linears import StoredLinear
 from .passes.grouped_query import GroupedQuery
+from .passes.quantize_linears import ZERO_VALUE
 from .runtime.kv_pools import KvCacheSpec
 from .served_linears import linears_of
 from .served_model import ServedForm
@@ -132,6 +133,7 @@ def compile_for_serving(
     names = {name: source.removeprefix("model.") for name, source in captured.weight_sources.items()}
     # What smoothing has put behind a norm is none of the model's own tensors.
     has_factors = any(name.endswith("_smoothing") for name in captured.weights)
+    has_factors |= any(name.endswith(ZERO_VALUE) for name in names.values())
     specs = _cache_specs(captured)
     has_factors |= heads is not None and any(spec.num_kv_heads != heads.groups for spec in specs)
     form = ServedForm(

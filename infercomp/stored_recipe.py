@@ -12,7 +12,7 @@ from .codegen.model_graph import ModelGraph, source_line
 from .config import Config
 from .loading.stored_linears import StoredLinear
 from .passes.linear_recipes import LinearRecipe
-from .passes.recipes import RECIPE_KINDS, LayerRecipes
+from .passes.recipes import RECIPE_KINDS, LayerRecipes, Stored
 from .passes.record import PassRecord
 from .runtime.errors import ConfigError, UnsupportedError
 
@@ -21,9 +21,13 @@ _NUMBER = re.compile(r"\.\d+\.")
 
 def with_stored_recipe(config: Config, linears: Mapping[str, StoredLinear], model: torch.nn.Module) -> Config:
     """``config`` with what the checkpoint is quantised as; raises ConfigError for an option that speaks against it."""
+    keeps = isinstance(config.passes.recipe, Stored)
+    if not linears and keeps:
+        what = "the checkpoint holds no linear in integers that kernels read"
+        raise ConfigError(what, field="quantization", remedy="leave it out, or name a recipe")
     if not linears:
         return config
-    if config.passes.quantization is not None:
+    if config.passes.quantization is not None and not keeps:
         what = "the checkpoint is quantised already"
         raise ConfigError(what, field="quantization", remedy="leave it out, or load the unquantised checkpoint")
     if config.passes.kv_heads is not None:

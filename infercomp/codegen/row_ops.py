@@ -13,9 +13,18 @@ import sympy
 import torch
 
 from . import scalar
-from .indexing import LoopVariable, modulo
+from .indexing import LoopVariable, floor_div, modulo
 from .lazy_tensor import Index, LazyTensor, Refused, broadcast_index
-from .ops import gated_activation, int8_embedding, layer_norm, quantize_per_token, rms_norm, rotary_embedding
+from .ops import (
+    gated_activation,
+    group_embedding,
+    int8_embedding,
+    layer_norm,
+    quantize_per_token,
+    rms_norm,
+    rotary_embedding,
+)
+from .ops.group_codes import middle_code
 from .ops.quantized import SMALLEST_MAXIMUM
 from .pointwise_ops import ACTIVATIONS
 from .scalar import Scalar, binary, cast, constant, index_less, index_value, reduction, unary, where
@@ -177,8 +186,32 @@ def _int8_embedding(result: LazyTensor, table: LazyTensor, scale: LazyTensor, id
     return LazyTensor(result.shape, result.dtype, compute)
 
 
+def _group_embedding(
+    result: LazyTensor,
+    table: LazyTensor,
+    scale: LazyTensor,
+    zero: LazyTensor | None,
+    ids: LazyTensor,
+    bits: int,
+    *_: Any,
+) -> LazyTensor:
+    if bits != 8 or zero is not None:
+        raise Refused(f"an embedding of codes of {bits} bits{'' if zero is None else ' with zeros'}")
+    group_size = sympy.Integer(int(table.shape[1]) // int(scale.shape[1]))
+
+    def compute(index: Index) -> Scalar:
+        row = as_position(ids.at(index[:-1]), table.shape[0])
+        code = cast(table.at((row, index[-1])), torch.float32)
+        step = cast(scale.at((row, floor_div(index[-1], group_size))), torch.float32)
+        centred = binary("sub", code, constant(float(middle_code(bits)), torch.float32))
+        return cast(binary("mul", centred, step), result.dtype)
+
+    return LazyTensor(result.shape, result.dtype, compute)
+
+
 ROWS: dict[Any, Callable[..., LazyTensor]] = {
     int8_embedding.overload: _int8_embedding,
+    group_embedding.overload: _group_embedding,
     rms_norm.overload: _rms_norm,
     layer_norm.overload: _layer_norm,
     aten.layer_norm.default: _aten_layer_norm,

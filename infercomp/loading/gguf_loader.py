@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from infercomp.loading.gguf_blocks import PLAIN_TYPES, read_tensor
 from infercomp.loading.gguf_file import GgufFile, GgufTensor
+from infercomp.loading.gguf_linears import gguf_linears
+from infercomp.loading.stored_linears import StoredLinear
 from infercomp.loading.weight_bytes import open_weight_file
 from infercomp.runtime.errors import ModelLoadError
+from infercomp.runtime.untouched_memory import untouched_zeros
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedModel
@@ -34,14 +38,20 @@ _LAYER_NAMES = {
 }
 
 
-def build_gguf_model(file: GgufFile, dtype: torch.dtype | None) -> PreTrainedModel:
-    """The model of the file in eval mode; float32 where the file is quantised, unless ``dtype`` says otherwise."""
+def build_gguf_model(
+    file: GgufFile, dtype: torch.dtype | None, *, keeps_integers: bool = False
+) -> tuple[PreTrainedModel, dict[str, StoredLinear]]:
+    """The model of the file in eval mode; float32 where the file is quantised, unless ``dtype`` says otherwise.
+
+    With ``keeps_integers``, linears of a Llama whose integers kernels can read come beside the model. In it they are
+    zeros that take no memory: who compiles it puts the integers in their place.
+    """
     dtype = dtype or stored_dtype(file)
     if file.architecture != "llama":
-        return _model_of_transformers(file, dtype)
+        return _model_of_transformers(file, dtype), {}
     config = llama_config(file)
     config.dtype = dtype
-    return _build_llama(file, config, dtype)
+    return _build_llama(file, config, dtype, keeps_integers)
 
 
 def stored_dtype(file: GgufFile) -> torch.dtype:
@@ -104,26 +114,50 @@ def _rope_parameters(file: GgufFile) -> dict[str, Any]:
     return parameters
 
 
-def _build_llama(file: GgufFile, config: LlamaConfig, dtype: torch.dtype) -> PreTrainedModel:
+def _build_llama(
+    file: GgufFile, config: LlamaConfig, dtype: torch.dtype, keeps_integers: bool
+) -> tuple[PreTrainedModel, dict[str, StoredLinear]]:
     from transformers import LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     tensor_of_parameter = _match_tensors(file, model)
+    linears = _linears_of(file, tensor_of_parameter, config) if keeps_integers else {}
     model.model.rotary_emb = LlamaRotaryEmbedding(config)  # its buffers are computed, not stored
     stream, _ = open_weight_file(file.path)
     with stream:
         for parameter_name, tensor in tensor_of_parameter.items():
-            value = torch.empty(tensor.shape, dtype=dtype)
-            read_tensor(stream, file.path, tensor, value)
-            value = _undo_permutation(value, tensor.name, config)
             module_name, _, attribute = parameter_name.rpartition(".")
+            if module_name in linears:
+                value = untouched_zeros(tensor.shape, dtype)
+            else:
+                value = torch.empty(tensor.shape, dtype=dtype)
+                read_tensor(stream, file.path, tensor, value)
+                value = _undo_permutation(value, tensor.name, config)
             setattr(model.get_submodule(module_name), attribute, torch.nn.Parameter(value, requires_grad=False))
         if _ROPE_FACTORS in file.tensors:
             _apply_rope_factors(model.model.rotary_emb, file, stream)
     model.tie_weights()
-    return model.eval()
+    return model.eval(), linears
+
+
+def _linears_of(
+    file: GgufFile, tensor_of_parameter: dict[str, GgufTensor], config: LlamaConfig
+) -> dict[str, StoredLinear]:
+    """The linears in integers by the names of their layers; a table that is also the LM head's has both names."""
+    tensors = {
+        name.removesuffix(".weight"): tensor
+        for name, tensor in tensor_of_parameter.items()
+        if len(tensor.shape) == 2 and (config.tie_word_embeddings or name != _GLOBAL_NAMES["token_embd.weight"])
+    }
+    if config.tie_word_embeddings:
+        tensors["lm_head"] = file.tensors["token_embd.weight"]
+
+    def rows_of(tensor: GgufTensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda part: _undo_permutation(part, tensor.name, config)
+
+    return gguf_linears(file, {layer: (tensor, rows_of(tensor)) for layer, tensor in tensors.items()})
 
 
 def _match_tensors(file: GgufFile, model: PreTrainedModel) -> dict[str, GgufTensor]:

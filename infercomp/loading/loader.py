@@ -41,13 +41,18 @@ class LoadedModel:
 
 
 def load(
-    source: str | os.PathLike[str], *, dtype: torch.dtype | None = None, takes_integers: bool = False
+    source: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    takes_integers: bool = False,
+    widens_gguf: bool = True,
 ) -> LoadedModel:
     """Loads a folder of config.json and safetensors, a ``.gguf`` file, or a hub id such as ``org/name``.
 
     ``dtype`` is the type of the parameters: by default the checkpoint's own, and float32 for a quantised
     GGUF file. A hub id is looked up in the local cache first and downloaded only if it is not all there.
-    A checkpoint with linears in integers is an error unless the caller says that it ``takes_integers``.
+    A checkpoint with linears in integers is an error unless the caller says that it ``takes_integers``; those of a GGUF
+    file become floats, unless it does and not ``widens_gguf``.
     """
     if dtype is not None and dtype not in _DTYPES:
         names = ", ".join(str(supported) for supported in _DTYPES)
@@ -57,7 +62,7 @@ def load(
     if path.is_dir():
         model, tokenizer, weight_files, linears = _load_folder(path, dtype, takes_integers)
     else:
-        model, tokenizer, weight_files = _load_gguf(path, dtype)
+        model, tokenizer, weight_files, linears = _load_gguf(path, dtype, takes_integers and not widens_gguf)
     check_vocabulary(model, tokenizer, path)
     return LoadedModel(model.requires_grad_(False), tokenizer, os.fspath(source), weight_files, linears)
 
@@ -119,14 +124,17 @@ def _load_folder(
     return model, tokenizer, tuple(weight_files), linears
 
 
-def _load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[Any, Any, tuple[str, ...]]:
+def _load_gguf(
+    path: Path, dtype: torch.dtype | None, keeps_integers: bool
+) -> tuple[Any, Any, tuple[str, ...], Mapping[str, StoredLinear]]:
     file = read_gguf_file(path)
     # Below the check of the header, so that a bad file fails before transformers is imported.
     from infercomp.loading.gguf_loader import build_gguf_model
     from infercomp.loading.gguf_tokenizer import build_gguf_tokenizer
 
     tokenizer = build_gguf_tokenizer(file)
-    return build_gguf_model(file, dtype), tokenizer, (str(path),)
+    model, linears = build_gguf_model(file, dtype, keeps_integers=keeps_integers)
+    return model, tokenizer, (str(path),), linears
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:

@@ -6,11 +6,11 @@ x = embedding(table, ids); n = rms_norm(x, w)     ->  one kernel that stores x a
 from __future__ import annotations
 
 from ..codegen.model_graph import ModelGraph, aten
-from ..codegen.ops import int8_embedding, layer_norm, rms_norm
+from ..codegen.ops import group_embedding, int8_embedding, layer_norm, rms_norm
 from .fusion import fuse
 from .graph_pass import BIT_IDENTICAL, Pass, PassContext
 
-_EMBEDDINGS = frozenset((aten.embedding.default, int8_embedding.overload))
+_EMBEDDINGS = frozenset((aten.embedding.default, int8_embedding.overload, group_embedding.overload))
 
 
 def run(model_graph: ModelGraph, context: PassContext) -> None:

@@ -5,7 +5,7 @@
     y = linear(x, w, b)            ->    y = clustered_weight_linear(x, w_codes, w_table, w_outliers …, b, 16)    (gobo)
     logits = linear(h, table)      ->    q, scale, sums = quantize_per_token(h, K)
                                          logits = int8_linear(q, scale, sums, table_int8, table_scale, None, dtype)
-    h = embedding(table, ids)      ->    h = int8_embedding(table_int8, table_scale, ids, dtype)
+    h = embedding(table, ids)      ->    h = int8_embedding(table_int8, table_scale, ids, dtype)    (or group_embedding)
 
 Does nothing unless the option ``quantization`` gives a recipe: ``w4a8-g32`` is 4-bit weights in groups of 32 channels
 and 8-bit activations; with ``a16`` activations stay floats; ``w8`` has one scale a row; ``-sym`` has no zeros;
@@ -33,6 +33,7 @@ from torch import fx
 from ..codegen.model_graph import Emitter, ModelGraph, aten, value_of
 from ..codegen.ops import (
     clustered_weight_linear,
+    group_embedding,
     group_linear,
     group_weight_linear,
     int8_embedding,
@@ -46,12 +47,14 @@ from ..codegen.ops import (
 from ..runtime.errors import ConfigError
 from .cluster_weights import clusters_of, outlier_room, why_not_clustered
 from .graph_pass import LOSSY, Pass, PassContext
-from .linear_recipes import GOBO, W8A8, W8A16, LinearRecipe
+from .linear_recipes import GOBO, LinearRecipe
 from .quantizable_linears import QuantizableLinears, parameters_of, sources_of
 
 # By the bits of activations: for a scale a row, and for a scale a group.
 _ROW_LINEARS = {8: int8_linear, 16: int8_weight_linear}
 _GROUP_LINEARS = {8: group_linear, 16: group_weight_linear}
+ZERO_VALUE = "_zero_value"
+"""What is put behind a parameter's name for zeros that are values; compressed-tensors has none."""
 _CLUSTERED_SUFFIXES = ("_codes", "_table", "_outlier_counts", "_outlier_columns", "_outlier_excess")
 # Rounding makes several float32 copies of what it is given: so many elements at a time.
 _CHUNK_ELEMENTS = 1 << 22
@@ -84,7 +87,7 @@ class _Quantizer:
     def __init__(self, model_graph: ModelGraph, context: PassContext) -> None:
         self._model_graph = model_graph
         self._context = context
-        self._weights: dict[Hashable, list[fx.Node | None]] = {}
+        self._weights: dict[tuple[Hashable, bool, LinearRecipe], list[fx.Node | None]] = {}
         self._inputs: dict[tuple[fx.Node, int], list[fx.Node]] = {}
 
     def quantize_linear(self, node: fx.Node, recipe: LinearRecipe) -> None:
@@ -124,14 +127,24 @@ class _Quantizer:
         """Embeddings whose table is an LM head in integers by now read it there, so that the floats can go."""
         for node in self._model_graph.calls(aten.embedding.default):
             table, indices = node.args[:2]
-            keys = [(self._identity(table), False, recipe) for recipe in (W8A8(), W8A16())]
-            weights = next((self._weights[key] for key in keys if key in self._weights), None)
-            site = self._context.claim(node) if weights is not None else None
-            if weights is None or site is None:
+            keys = [key for key in self._weights if key[:2] == (self._identity(table), False)]
+            site = self._context.claim(node) if keys else None
+            if site is None:
                 continue
+            weights, recipe = self._weights[keys[0]], keys[0][2]
             with self._model_graph.inserting_before(node) as emit:
-                new = emit(int8_embedding, *weights, indices, value_of(node).dtype)
+                if recipe.group_size is None:
+                    new = emit(int8_embedding, *weights, indices, value_of(node).dtype)
+                else:
+                    codes, *constants = (None if each is None else self._in_float32(each) for each in weights)
+                    new = emit(group_embedding, codes, *constants, indices, recipe.weight_bits, value_of(node).dtype)
             self._context.replace(site, node, new)
+
+    def _in_float32(self, weight: fx.Node) -> fx.Node:
+        """A weight of float16 in float32, as kernels of rows read no float16; others as they are."""
+        tensor = self._model_graph.weights[weight.name]
+        is_code = not tensor.is_floating_point()
+        return weight if is_code else self._add_weight(weight, "_float32", "_float32", tensor.float())
 
     def _quantized_input(self, emit: Emitter, source: fx.Node, recipe: LinearRecipe) -> list[fx.Node]:
         group_size = recipe.group_size or value_of(source).shape[-1]
@@ -173,7 +186,7 @@ class _Quantizer:
     def _held_source(self, source: fx.Node, transposed: bool, recipe: LinearRecipe) -> list[fx.Node]:
         stored = self._model_graph.stored_integers.get(source.name)
         results = self._rounded(source, transposed, recipe) if stored is None else stored()
-        suffixes = _suffixes(recipe)
+        suffixes = _suffixes(recipe, has_values=results[-1].dtype == torch.float16 and len(results) == 3)
         return [self._add_weight(source, *each, result) for each, result in zip(suffixes, results, strict=False)]
 
     def _rounded(self, source: fx.Node, transposed: bool, recipe: LinearRecipe) -> Sequence[torch.Tensor]:
@@ -200,12 +213,13 @@ def _weight_quantization(recipe: LinearRecipe) -> tuple[Any, list[Any]]:
     return quantize_weight_groups, [recipe.weight_bits, recipe.group_size, recipe.symmetric]
 
 
-def _suffixes(recipe: LinearRecipe) -> list[tuple[str, str]]:
+def _suffixes(recipe: LinearRecipe, has_values: bool) -> list[tuple[str, str]]:
     """What is put behind a parameter's names, in the graph and among the sources, for each tensor made from it."""
     if isinstance(recipe, GOBO):
         return [(suffix, suffix) for suffix in _CLUSTERED_SUFFIXES]
     integers = (f"_int{recipe.weight_bits}", "" if recipe.group_size is None else "_packed")
-    return [integers, ("_scale", "_scale")] + ([] if recipe.symmetric else [("_zero", "_zero_point")])
+    zero = ("_zero", ZERO_VALUE if has_values else "_zero_point")
+    return [integers, ("_scale", "_scale"), *([] if recipe.symmetric else [zero])]
 
 
 def _row_chunks(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -105,6 +105,25 @@ class HAWQ(Recipe):
         return {"recipe": self.kind, **fields, "choices": [choice.as_dict() for choice in self.choices]}
 
 
+@dataclass(frozen=True)
+class Stored(Recipe):
+    """The linears that a GGUF file holds in integers stay so (Q8_0, Q4_0 and Q4_1); others stay floats.
+
+    Other checkpoints in integers need no recipe, as nothing could widen them. It speaks of a file that ``LLM`` loads:
+    there recipes of the layers take its place, and anywhere else it raises ConfigError.
+    """
+
+    kind: ClassVar[str] = "stored"
+
+    @property
+    def rules(self) -> tuple[tuple[str, LinearRecipe | None], ...]:
+        what = "stored says to keep what a file holds in integers, and the model comes from no file of LLM's"
+        raise ConfigError(what, remedy="give LLM the .gguf file, or another recipe", field="quantization")
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"recipe": self.kind}
+
+
 def _is_rule(rule: object) -> bool:
     if not isinstance(rule, tuple) or len(rule) != 2:
         return False
@@ -123,7 +142,7 @@ def recipe_from_json(text: str) -> Recipe:
         value = json.loads(text)
     except ValueError as error:
         raise ConfigError(f"quantization is no JSON: {error}", field="quantization") from None
-    readers = {LayerRecipes.kind: _layer_recipes, HAWQ.kind: _hawq}
+    readers = {LayerRecipes.kind: _layer_recipes, HAWQ.kind: _hawq, Stored.kind: _stored}
     return readers.get(str(_kind_of(value)), _linear_recipe)(value)
 
 
@@ -134,7 +153,7 @@ def _kind_of(value: object) -> object:
 def _linear_recipe(value: object) -> LinearRecipe:
     kind = _kind_of(value)
     if not isinstance(value, Mapping) or not isinstance(kind, str) or kind not in RECIPE_KINDS:
-        valid = f"valid: {', '.join([*RECIPE_KINDS, LayerRecipes.kind, HAWQ.kind])}"
+        valid = f"valid: {', '.join([*RECIPE_KINDS, LayerRecipes.kind, HAWQ.kind, Stored.kind])}"
         what = f'a recipe is an object whose "recipe" names one, not {describe(kind if kind else value)}'
         raise ConfigError(what, remedy=valid, field="recipe")
     made = RECIPE_KINDS[kind]
@@ -142,6 +161,11 @@ def _linear_recipe(value: object) -> LinearRecipe:
     _refuse_unknown(kind, value, names)
     given = {name: value[name] for name in names if name in value}
     return made(**{**given, "rounding": rounding_of(value.get("rounding"))})
+
+
+def _stored(value: Mapping[str, Any]) -> Stored:
+    _refuse_unknown(Stored.kind, value, [])
+    return Stored()
 
 
 def _hawq(value: Mapping[str, Any]) -> HAWQ:
@@ -171,6 +195,7 @@ def _layer_recipes(value: Mapping[str, Any]) -> LayerRecipes:
 
 # What a name stands for: `w4a8-g32-sym` is `W4A8(group_size=32, symmetric=True)`.
 RECIPES: dict[str, Recipe] = {
+    "stored": Stored(),
     "w8a8": W8A8(),
     # Token-wise activations and group-wise weights (ZeroQuant, Yao et al. 2022), a row of the weight being a group.
     "zeroquant": W8A8(),

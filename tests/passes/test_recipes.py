@@ -14,7 +14,7 @@ import infercomp
 from infercomp.config import Config, parse_options
 from infercomp.passes.config import PassConfig
 from infercomp.passes.linear_recipes import GOBO, W3A16, W4A8, W4A16, W8A8, W8A16, Recipe, fits
-from infercomp.passes.recipes import HAWQ, RECIPES, LayerRecipes, recipe_from_json
+from infercomp.passes.recipes import HAWQ, RECIPES, LayerRecipes, Stored, recipe_from_json
 from infercomp.passes.rounding import GPTQ, ScaleSearch
 from infercomp.runtime.errors import ConfigError
 
@@ -46,7 +46,12 @@ weight_only = st.builds(W8A16, rounding=roundings) | st.builds(W4A16, groups, st
 choices = st.lists(weight_only, min_size=2, max_size=3).map(tuple)
 kinds = st.sampled_from(("trace", "eigenvalue"))
 hawqs = st.builds(HAWQ, st.floats(1, 9), choices, kinds, sizes, sizes, st.integers(2, 99))
-recipes = linear_recipes | hawqs | st.builds(LayerRecipes, st.lists(rules, min_size=1, max_size=4).map(tuple))
+recipes = (
+    linear_recipes
+    | hawqs
+    | st.just(Stored())
+    | st.builds(LayerRecipes, st.lists(rules, min_size=1, max_size=4).map(tuple))
+)
 
 
 @given(recipes)
@@ -74,6 +79,7 @@ def test_a_name_is_short_for_a_recipe(name: str) -> None:
     recipe = PassConfig(quantization=name).recipe
     assert recipe == PassConfig(quantization=RECIPES[name]).recipe == RECIPES[name]
     methods = {
+        "stored": Stored(),
         "zeroquant": W8A8(),
         "w8a8-smoothquant": W8A8(smooth_alpha=0.5),
         "w8a8-smoothquant-search": W8A8(smooth_alpha="search"),
