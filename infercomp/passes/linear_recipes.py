@@ -153,7 +153,11 @@ class W8A8(LinearRecipe):
 
     embedding_groups: int | None = None
     """So many groups of input channels, sorted by their range in the calibration data, have a scale of their own for
-    each token (PEG, Bondarenko et al. 2021: 6). Divides the input channels."""
+    each token (PEG, Bondarenko et al. 2021: 6)."""
+
+    embedding_group_sizes: str = "even"
+    """"even" groups, as in the paper: their number divides the input channels. "fitted": ends of groups
+    that keep the sum of a group's size times the square of its largest range least."""
 
     harmful_error: float | None = None
     """Activations stay floats where 8 bits change the output of a layer that reads them by more than this part of it,
@@ -170,6 +174,9 @@ class W8A8(LinearRecipe):
             require_number(self.outlier_threshold, "outlier_threshold", "above 0", low=0)
         if self.embedding_groups is not None:
             require_int(self.embedding_groups, "embedding_groups", 2, LARGEST_COUNT)
+        if self.embedding_group_sizes not in ("even", "fitted"):
+            what = f'embedding_group_sizes must be "even" or "fitted", not {describe(self.embedding_group_sizes)}'
+            raise ConfigError(what, field="embedding_group_sizes")
         if self.harmful_error is not None:
             require_number(self.harmful_error, "harmful_error", "from 0, or None", low=0, is_open=False)
         if self.outlier_threshold is not None and self.embedding_groups is not None:

@@ -9,6 +9,8 @@
 
         Per-embedding-group quantisation (PEG, Bondarenko et al. 2021), for those with ``embedding_groups``: channels
         are sorted by their range, max - min, so that those of a part are alike; a part has a scale for each token.
+        Parts are even, as in the paper, or end where ranges rise (``embedding_group_sizes``): a few channels with
+        outliers then have a part of their own, where in an even one they would crush those beside them.
 
 Parts are found once, so that a token's numbers do not depend on its neighbours. The pass is an identity; what parts
 are rounded to is decided here and done by ``quantize_linears``. It needs weights that the graph owns (``frozen``).
@@ -17,6 +19,7 @@ are rounded to is decided here and done by ``quantize_linears``. It needs weight
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -29,6 +32,9 @@ from .calibration import Calibration, Tensors, largest_of_channels, observe, ran
 from .graph_pass import Decision, Pass, PassContext
 from .linear_recipes import W8A8, LinearRecipe
 from .quantizable_linears import QuantizableLinears, parameters_of
+
+# Where fitted groups may end: channels beyond which a few outliers are, and far fewer places among the others.
+_LAST_ENDS, _SPACED_ENDS = 64, 512
 
 
 def run(model_graph: ModelGraph, context: PassContext) -> None:
@@ -68,7 +74,8 @@ class _Splitter:
         self._splits: dict[tuple[fx.Node, W8A8], _Split] = {}
 
     def split(self, calibration: Calibration) -> None:
-        wanted = {node: recipe for node, recipe in self._linears.chosen.items() if _splits(recipe)}
+        chosen = self._linears.chosen.items()
+        wanted = {node: recipe for node, recipe in chosen if isinstance(recipe, W8A8) and _splits(recipe)}
         layers: dict[fx.Node, str] = {}
         for node in wanted:
             layers.setdefault(node.args[0], self._linears.names[node][0][0])  # type: ignore[arg-type]
@@ -84,10 +91,13 @@ class _Splitter:
         for node, recipe in wanted.items():
             self._split(node, recipe)  # type: ignore[arg-type]
 
-    def _check_groups(self, wanted: dict[fx.Node, LinearRecipe]) -> None:
+    def _check_groups(self, wanted: dict[fx.Node, W8A8]) -> None:
         for node, recipe in wanted.items():
-            num_channels, groups = value_of(node.args[0]).shape[-1], getattr(recipe, "embedding_groups", None)
-            if groups is not None and num_channels % groups:
+            if recipe.embedding_groups is None:
+                continue
+            groups, is_fitted = recipe.embedding_groups, recipe.embedding_group_sizes == "fitted"
+            num_channels = int(value_of(node.args[0]).shape[-1])
+            if groups > min(num_channels, _SPACED_ENDS) if is_fitted else num_channels % groups:
                 name = self._linears.names[node][0][0]
                 what = f"embedding_groups {groups} does not divide the {num_channels} input channels of {name}"
                 raise ConfigError(what, remedy="choose another number of groups", field="embedding_groups")
@@ -134,9 +144,9 @@ class _Splitter:
                 emit(aten.index_select.default, source, dim, self._constant(f"{source.name}_outliers", outliers)),
             ]
         order = self._constant(f"{source.name}_order", torch.cat(split.channels))
-        permuted, size = emit(aten.index_select.default, source, dim, order), len(split.channels[0])
-        starts = range(0, size * len(split.channels), size)
-        return [emit(aten.slice.Tensor, permuted, dim, start, start + size) for start in starts]
+        permuted = emit(aten.index_select.default, source, dim, order)
+        ends = list(itertools.accumulate(map(len, split.channels), initial=0))
+        return [emit(aten.slice.Tensor, permuted, dim, *bounds) for bounds in itertools.pairwise(ends)]
 
     def _weight_part(self, weight: fx.Node, is_transposed: bool, split: _Split, position: int, recipe: W8A8) -> fx.Node:
         tensor = self._model_graph.weights[weight.name].detach()
@@ -149,6 +159,7 @@ class _Splitter:
 
     def _decide(self, weight: fx.Node, node: fx.Node, position: int, recipe: W8A8) -> None:
         plain = dataclasses.replace(recipe, smooth_alpha=None, outlier_threshold=None, embedding_groups=None)
+        plain = dataclasses.replace(plain, embedding_group_sizes="even")
         stays = recipe.outlier_threshold is not None and position == 1
         reason = "its input channels are outliers, which stay floats" if stays else "a part of a layer's channels"
         names = tuple(self._linears.names[node][0])
@@ -170,8 +181,33 @@ def _channels(measured: Tensors, recipe: W8A8) -> list[torch.Tensor]:
         is_outlier = measured["largest"] >= recipe.outlier_threshold
         return [(~is_outlier).nonzero()[:, 0], is_outlier.nonzero()[:, 0]]
     assert recipe.embedding_groups is not None
-    order = measured["range"].argsort(stable=True)
-    return list(order.chunk(recipe.embedding_groups))
+    ranges, order = measured["range"].sort(stable=True)
+    if recipe.embedding_group_sizes == "even":
+        return list(order.chunk(recipe.embedding_groups))
+    return list(order.split(fitted_sizes(ranges, recipe.embedding_groups)))
+
+
+def fitted_sizes(ranges: torch.Tensor, num_groups: int) -> list[int]:
+    """How many of these channels, their ranges ascending [K], each of so many groups has.
+
+    The sum of size times the square of the largest range is the least over groups that end behind one of the last
+    channels or at one of evenly spaced ones: a shortest path over ends, one group after the other.
+    """
+    num_channels = len(ranges)
+    spaced = range(0, num_channels, -(-num_channels // _SPACED_ENDS))
+    places = torch.tensor(sorted({*spaced, *range(max(0, num_channels - _LAST_ENDS), num_channels + 1)}))
+    largest = ranges.double().square()[(places - 1).clamp(min=0)]
+    # [start, end]: what a group costs that lies between these places.
+    cost = (places[None, :] - places[:, None]) * largest[None, :]
+    cost = torch.where(places[:, None] < places[None, :], cost, torch.inf)
+    total, starts = cost[0], []
+    for _ in range(num_groups - 1):
+        total, start = (total[:, None] + cost).min(0)
+        starts.append(start)
+    ends = [len(places) - 1]
+    for start in reversed(starts):
+        ends.append(int(start[ends[-1]]))
+    return places[[0, *reversed(ends)]].diff().tolist()
 
 
 SPLIT_CHANNELS = Pass("split_channels", run, after=("smooth_activations",))

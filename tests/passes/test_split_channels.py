@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
@@ -11,6 +12,8 @@ import pytest
 import torch
 from families import DECODERS, VOCAB_SIZE
 from graph_testing import copied
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from small_llm import byte_model, byte_tokenizer
 from torch import fx, nn
 
@@ -144,6 +147,31 @@ def test_groups_are_sorted_by_range_and_of_one_size() -> None:
     assert [part.shape[1] for part in parts] == [len(order) // 4] * 4
 
 
+@settings(max_examples=40)
+@given(st.integers(0, 9999), st.integers(1, 12), st.integers(1, 4))
+def test_fitted_sizes_are_the_best_there_are(seed: int, num_channels: int, num_groups: int) -> None:
+    num_groups = min(num_groups, num_channels)
+    ranges = torch.rand(num_channels, generator=torch.Generator().manual_seed(seed)).exp().sort().values
+
+    def cost(sizes: tuple[int, ...]) -> float:
+        ends = torch.tensor(sizes).cumsum(0)
+        return float((torch.tensor(sizes) * ranges.double()[ends - 1].square()).sum())
+
+    every = itertools.product(range(1, num_channels + 1), repeat=num_groups)
+    best = min(cost(sizes) for sizes in every if sum(sizes) == num_channels)
+    found = split_channels.fitted_sizes(ranges, num_groups)
+    assert len(found) == num_groups and sum(found) == num_channels and min(found) > 0
+    assert cost(tuple(found)) == pytest.approx(best, rel=1e-12)
+
+
+def test_outliers_have_fitted_groups_of_their_own() -> None:
+    model_graph, examples = planted()
+    split(model_graph, examples, W8A8(embedding_groups=4, embedding_group_sizes="fitted"))
+    parts = [tensor for name, tensor in model_graph.weights.items() if "layers_0_self_attn_q_proj_weight_group" in name]
+    sizes = [part.shape[1] for part in parts]
+    assert len(sizes) == 4 and len(OUTLIER_CHANNELS) in itertools.accumulate(reversed(sizes))
+
+
 def _shift(values: Any, recipe: W8A8) -> list[torch.Tensor]:
     first, *rest = CHANNELS(values, recipe)
     return [first.roll(1) if len(first) > 1 else first, *rest[:-1], rest[-1][:-1]]
@@ -193,6 +221,9 @@ def test_what_is_missing_or_wrong_is_an_error_before_any_work() -> None:
     with pytest.raises(ConfigError, match="embedding_groups 7 does not divide") as caught:
         split(model_graph, examples, W8A8(embedding_groups=7))
     assert caught.value.field == "embedding_groups"
+    with pytest.raises(ConfigError, match="embedding_groups 99 does not divide") as caught:
+        split(model_graph, examples, W8A8(embedding_groups=99, embedding_group_sizes="fitted"))
+    assert caught.value.field == "embedding_groups"
     model_graph.frozen = False
     with pytest.raises(ConfigError, match="are the user's") as caught:
         split(model_graph, examples, OUTLIERS)
@@ -216,8 +247,9 @@ def test_planted_outliers_break_plain_rounding_and_nothing_else(tmp_path: Any) -
     plain, outliers = divergence(served(W8A8())), served(OUTLIERS, verify=True)
     assert divergence(outliers) < plain / 20
     assert divergence(served(W8A8(smooth_alpha=0.5))) < plain / 20
-    # The group of the outliers holds others too, which are lost.
+    # An even group of the outliers holds others too, which are lost.
     assert divergence(served(W8A8(embedding_groups=16))) < plain / 3
+    assert divergence(served(W8A8(embedding_groups=4, embedding_group_sizes="fitted"))) < plain / 20
     assert divergence(served(W8A8(outlier_threshold=6.0, rounding=GPTQ()))) < plain / 20
     (record,) = (each for each in outliers.report.passes if each.name == "quantize_linears")
     assert "its input channels are outliers, which stay floats" in {miss.reason for miss in record.near_misses}
