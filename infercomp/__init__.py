@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from infercomp.passes.linear_recipes import W4A16 as W4A16
     from infercomp.passes.linear_recipes import W8A8 as W8A8
     from infercomp.passes.linear_recipes import W8A16 as W8A16
+    from infercomp.passes.n_m_sparsity import NM as NM
     from infercomp.passes.recipes import HAWQ as HAWQ
     from infercomp.passes.recipes import LayerRecipes as LayerRecipes
     from infercomp.passes.rounding import GPTQ as GPTQ
@@ -55,6 +56,7 @@ _MODULE_OF = {
     "GPTQ": "infercomp.passes.rounding",
     "ScaleSearch": "infercomp.passes.rounding",
     "GOBO": "infercomp.passes.linear_recipes",
+    "NM": "infercomp.passes.n_m_sparsity",
     "W3A16": "infercomp.passes.linear_recipes",
     "W4A8": "infercomp.passes.linear_recipes",
     "W4A16": "infercomp.passes.linear_recipes",

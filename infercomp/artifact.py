@@ -41,6 +41,7 @@ from .loading.safetensors_file import StoredTensor, read_safetensors_header
 from .passes.config import PassConfig
 from .passes.grouped_query import GroupedQuery
 from .passes.linear_recipes import Recipe
+from .passes.n_m_sparsity import NM
 from .report import Report
 from .runtime.config import describe
 from .runtime.errors import ConfigError, ModelLoadError, UnsupportedError
@@ -236,7 +237,8 @@ def _bits_of(linears: Iterable[ServedLinear], tensor_names: Mapping[str, str]) -
 def _saved_options(passes: PassConfig) -> dict[str, Any]:
     values = {each.name: getattr(passes, each.name) for each in dataclasses.fields(passes)}
     return {
-        name: value.to_json() if isinstance(value, (GroupedQuery, Recipe)) else value for name, value in values.items()
+        name: value.to_json() if isinstance(value, (GroupedQuery, NM, Recipe)) else value
+        for name, value in values.items()
     }
 
 

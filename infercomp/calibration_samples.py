@@ -11,8 +11,7 @@ import torch
 
 from .calibration_folder import CalibrationFolder
 from .passes.calibration import Calibration
-from .passes.grouped_query import GroupedQuery
-from .passes.linear_recipes import Recipe
+from .passes.config import PassConfig
 from .progress import work_progress
 from .runtime.config import describe
 from .runtime.errors import ConfigError
@@ -24,26 +23,25 @@ _REMEDY = "pass a text file's name, a list of texts, or token ids: tensors of in
 
 
 def calibration_for(
-    recipe: Recipe | None,
+    passes: PassConfig,
     data: Any,
     tokenizer: Any,
     examples: Mapping[str, torch.Tensor],
     *,
     vocab_size: int | None,
     max_positions: int | None,
-    kv_heads: GroupedQuery | None = None,
     folder: str | os.PathLike[str] | None = None,
 ) -> Calibration | None:
-    """The samples that a recipe or ``kv_heads`` needs, in windows of at most 512 tokens; None where none are needed.
+    """The samples that options of ``passes`` need, in windows of at most 512 tokens; None where none are needed.
 
     ``data`` is the name of a text file, a list of texts, a tensor of token ids [tokens] or [samples, tokens], or a list
     of such; ``examples`` are inputs that the graph was captured with. Raises ConfigError for data of another form, of
     fewer than 128 tokens, with ids that the model does not have, that are missing or that nothing asks for.
     """
-    require_calibration(recipe, is_given=data is not None, kv_heads=kv_heads)
+    require_calibration(passes, is_given=data is not None)
     if data is None:
         if folder is not None:
-            what = "there is nothing to keep: no recipe asks for calibration data"
+            what = "there is nothing to keep: no option asks for calibration data"
             raise ConfigError(what, remedy="leave it out", field="calibration_folder")
         return None
     windows = token_windows(data, tokenizer, "calibration", vocab_size=vocab_size, max_positions=max_positions)
@@ -51,15 +49,13 @@ def calibration_for(
     return Calibration(tuple(_inputs(part, examples) for part in windows), work_progress, measured)
 
 
-def require_calibration(recipe: Recipe | None, *, is_given: bool, kv_heads: GroupedQuery | None = None) -> None:
-    """Raise ConfigError where data are missing that a recipe or ``kv_heads`` needs, or given that nothing asks for."""
-    has_aligned_heads = kv_heads is not None and kv_heads.needs_calibration
-    is_needed = has_aligned_heads or (recipe is not None and recipe.needs_calibration)
-    if is_given and not is_needed:
-        raise _error("no recipe asks for calibration data", "leave it out, or choose a recipe such as w8a8-smoothquant")
-    if is_needed and not is_given:
-        what = "kv_heads with aligned heads needs" if has_aligned_heads else "the recipe needs"
-        raise _error(f"{what} calibration data", _REMEDY)
+def require_calibration(passes: PassConfig, *, is_given: bool) -> None:
+    """Raise ConfigError where data are missing that an option of ``passes`` needs, or given that nothing asks for."""
+    option = passes.needs_calibration
+    if is_given and option is None:
+        raise _error("no option asks for calibration data", "leave it out, or choose a recipe such as w8a8-smoothquant")
+    if option is not None and not is_given:
+        raise _error(f"the option {option} needs calibration data", _REMEDY)
 
 
 def evaluation_for(

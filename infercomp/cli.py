@@ -47,6 +47,8 @@ from infercomp.shell_input import (
     torch_dtype,
 )
 from infercomp.shell_output import passes_in_words, print_stats, print_stream, show_error, write_atomically
+from infercomp.sparsify_command import EPILOG as SPARSIFY_EPILOG
+from infercomp.sparsify_command import sparsify
 
 if TYPE_CHECKING:
     from infercomp.llm import LLM
@@ -243,6 +245,7 @@ app.command(epilog=BENCH_EPILOG)(bench)
 app.command(epilog=SAVE_EPILOG)(save)
 app.command(epilog=QUANTIZE_EPILOG)(quantize)
 app.command(epilog=CONVERT_EPILOG)(convert_attention)
+app.command(epilog=SPARSIFY_EPILOG)(sparsify)
 app.command(epilog=COMPARE_EPILOG)(compare)
 
 

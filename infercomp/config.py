@@ -20,6 +20,7 @@ from infercomp.codegen.config import CodegenConfig
 from infercomp.passes.config import PassConfig, nearest_name
 from infercomp.passes.grouped_query import GroupedQuery, grouped_query_of
 from infercomp.passes.linear_recipes import Recipe
+from infercomp.passes.n_m_sparsity import NM, nm_of
 from infercomp.passes.recipes import recipe_from_json
 from infercomp.runtime.config import RuntimeConfig, describe
 from infercomp.runtime.errors import ConfigError
@@ -118,6 +119,7 @@ _KINDS: dict[Any, _Kind] = {
     int: _Kind("an integer", lambda value: isinstance(value, int) and not isinstance(value, bool), int),
     str: _Kind("a string", lambda value: isinstance(value, str), str),
     tuple[str, ...]: _Kind("a list of names", _is_names, _parse_names),
+    NM: _Kind("an NM", lambda value: isinstance(value, NM), nm_of),
     GroupedQuery: _Kind("a GroupedQuery", lambda value: isinstance(value, GroupedQuery), grouped_query_of),
     Recipe: _Kind("a recipe", lambda value: isinstance(value, Recipe), recipe_from_json),
 }

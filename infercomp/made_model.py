@@ -65,7 +65,7 @@ def make_and_measure(
     from infercomp.config import parse_options
 
     passes = parse_options(options).passes
-    require_calibration(passes.recipe, is_given=texts.calibration is not None, kv_heads=passes.grouped_query)
+    require_calibration(passes, is_given=texts.calibration is not None)
     for field, path in (("calibration", texts.calibration), ("evaluation", texts.evaluation)):
         if path is not None:
             text_of(Path(path), field)

@@ -123,7 +123,7 @@ def compile_for_serving(
     sizes = {"vocab_size": getattr(getattr(model, "config", None), "vocab_size", None), "max_positions": limit}
     heads = config.passes.grouped_query
     data, folder = texts.calibration, texts.calibration_folder
-    samples = calibration_for(config.passes.recipe, data, tokenizer, examples, kv_heads=heads, folder=folder, **sizes)
+    samples = calibration_for(config.passes, data, tokenizer, examples, folder=folder, **sizes)
     evaluated = evaluation_for(texts.evaluation, tokenizer, examples, **sizes)
     rewritten = rewrite_graph(captured, config, examples, serving=True, calibration=samples, evaluation=evaluated)
     if linears:

@@ -33,6 +33,9 @@ def with_stored_recipe(config: Config, linears: Mapping[str, StoredLinear], mode
     if config.passes.kv_heads is not None:
         what = "heads are merged in floats, and the checkpoint is quantised already"
         raise ConfigError(what, field="kv_heads", remedy="leave it out, or load the unquantised checkpoint")
+    if config.passes.sparsity is not None:
+        what = "weights become sparse in floats, and the checkpoint is quantised already"
+        raise ConfigError(what, field="sparsity", remedy="leave it out, or load the unquantised checkpoint")
     if config.passes.verify:
         what = "weights that come in integers have no floats to measure the passes against"
         raise ConfigError(what, field="verify", remedy="leave it out, or verify the unquantised checkpoint")

@@ -86,7 +86,7 @@ def test_a_path_that_is_a_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_anything_to_keep_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no recipe asks for calibration") as caught:
+    with pytest.raises(ConfigError, match="no option asks for calibration") as caught:
         LLM(byte_model(), byte_tokenizer(), quantization="w8a8", calibration_folder=tmp_path / "new")
     assert caught.value.field == "calibration_folder"
 

@@ -11,6 +11,7 @@ from small_llm import byte_model, byte_tokenizer, make_llm
 
 from infercomp.calibration_samples import calibration_for
 from infercomp.passes.calibration import Calibration
+from infercomp.passes.config import PassConfig
 from infercomp.passes.linear_recipes import W4A16, W8A8, Recipe
 from infercomp.passes.recipes import LayerRecipes
 from infercomp.runtime.errors import ConfigError
@@ -22,7 +23,7 @@ EXAMPLES = {"input_ids": torch.arange(7)[None], "position_ids": torch.arange(7)[
 
 def made(data: Any, recipe: Recipe | None = SMOOTH, tokenizer: Any = None, **options: Any) -> Calibration | None:
     options = {"vocab_size": 300, "max_positions": None, **options}
-    return calibration_for(recipe, data, tokenizer or byte_tokenizer(), EXAMPLES, **options)
+    return calibration_for(PassConfig(quantization=recipe), data, tokenizer or byte_tokenizer(), EXAMPLES, **options)
 
 
 def lengths(calibration: Calibration | None) -> list[int]:
@@ -51,14 +52,16 @@ def test_windows_are_shorter_than_the_model_has_positions_and_samples_stay_apart
 
 def test_a_model_that_counts_positions_by_itself_is_given_none() -> None:
     examples = {"input_ids": EXAMPLES["input_ids"]}
-    calibration = calibration_for(SMOOTH, [TEXT], byte_tokenizer(), examples, vocab_size=None, max_positions=None)
+    calibration = calibration_for(
+        PassConfig(quantization=SMOOTH), [TEXT], byte_tokenizer(), examples, vocab_size=None, max_positions=None
+    )
     assert calibration is not None and all(list(sample) == ["input_ids"] for sample in calibration.samples)
 
 
 @pytest.mark.parametrize(
     ("data", "what"),
     [
-        (None, "the recipe needs calibration data"),
+        (None, "the option quantization needs calibration data"),
         (["short"], "calibration has 5 tokens, at least 128 are needed"),
         ([], "cannot be a value of type list"),
         (3, "cannot be 3"),
@@ -79,13 +82,13 @@ def test_other_data_is_a_named_error(data: Any, what: str) -> None:
 
 def test_texts_need_a_tokenizer() -> None:
     with pytest.raises(ConfigError, match="need a tokenizer"):
-        calibration_for(SMOOTH, [TEXT], None, EXAMPLES, vocab_size=300, max_positions=None)
+        calibration_for(PassConfig(quantization=SMOOTH), [TEXT], None, EXAMPLES, vocab_size=300, max_positions=None)
 
 
 @pytest.mark.parametrize("recipe", [None, W8A8(), LayerRecipes((("*", W4A16()), ("lm_head", None)))])
 def test_data_that_no_recipe_asks_for_is_refused(recipe: Recipe | None) -> None:
     assert made(None, recipe) is None
-    with pytest.raises(ConfigError, match="no recipe asks for calibration data"):
+    with pytest.raises(ConfigError, match="no option asks for calibration data"):
         made([TEXT], recipe)
 
 

@@ -50,6 +50,7 @@ def leaf_values(config: Any) -> dict[str, object]:
 _OTHER_CHOICES = {
     "quantization": "w8a8",
     "kv_heads": "1",
+    "sparsity": "2:4",
     "codegen": "cpp",
     "instruction_set": "portable",
     "kv_cache_layout": "tiled",

@@ -16,6 +16,7 @@ from infercomp.runtime.errors import ConfigError
 
 from .grouped_query import GroupedQuery, grouped_query_of
 from .linear_recipes import Recipe
+from .n_m_sparsity import NM, nm_of
 from .recipes import RECIPES, recipe_from_json
 
 # A match is looked up by its text, so an index has one spelling only: no leading zeros.
@@ -35,6 +36,10 @@ def _canonical(quantization: str | Recipe | None) -> str | None:
 
 def _canonical_heads(kv_heads: str | GroupedQuery | None) -> str | None:
     return None if kv_heads is None else grouped_query_of(kv_heads).to_json()
+
+
+def _canonical_sparsity(sparsity: str | NM | None) -> str | None:
+    return None if sparsity is None else nm_of(sparsity).to_json()
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,9 @@ class PassConfig:
     """How many heads of keys and values are left and how they are merged: a `GroupedQuery`, its JSON, or their number
     alone; None leaves all."""
 
+    sparsity: str | NM | None = field(default=None, metadata={"fingerprint": _canonical_sparsity})
+    """Which weights of linears become zeros: an `NM`, its JSON, or a pattern such as "2:4"; None keeps all."""
+
     kv_cache_layout: str = "auto"
     """How a KV cache lies in memory: "rows" of channels, "tiled" as CPU kernels read it, "auto" to suit the kernels."""
 
@@ -83,6 +91,8 @@ class PassConfig:
         _check_quantization(self.quantization)
         if self.kv_heads is not None:
             _check_kv_heads(self.kv_heads)
+        if self.sparsity is not None:
+            _check_sparsity(self.sparsity)
 
     @property
     def recipe(self) -> Recipe | None:
@@ -93,6 +103,17 @@ class PassConfig:
     def grouped_query(self) -> GroupedQuery | None:
         """What `kv_heads` stands for."""
         return None if self.kv_heads is None else grouped_query_of(self.kv_heads)
+
+    @property
+    def nm(self) -> NM | None:
+        """What `sparsity` stands for."""
+        return None if self.sparsity is None else nm_of(self.sparsity)
+
+    @property
+    def needs_calibration(self) -> str | None:
+        """The option that needs samples of text, or None where none does."""
+        needs = {"quantization": self.recipe, "kv_heads": self.grouped_query, "sparsity": self.nm}
+        return next((name for name, value in needs.items() if value is not None and value.needs_calibration), None)
 
 
 def check_pass_names(config: PassConfig, known: Sequence[str]) -> None:
@@ -134,6 +155,13 @@ def _check_kv_heads(kv_heads: object) -> None:
         what = f"kv_heads must be a GroupedQuery, its JSON, a number of heads as text or None, not {describe(kv_heads)}"
         raise ConfigError(what, field="kv_heads")
     grouped_query_of(kv_heads)
+
+
+def _check_sparsity(sparsity: object) -> None:
+    if not isinstance(sparsity, (str, NM)):
+        what = f"sparsity must be an NM, its JSON, a pattern as text or None, not {describe(sparsity)}"
+        raise ConfigError(what, field="sparsity")
+    nm_of(sparsity)
 
 
 def _check_disable(disable: object) -> None:

@@ -20,7 +20,7 @@ def gptq_codes(weight: torch.Tensor, hessian: torch.Tensor, grid: WeightGrid, me
     order = order if method.act_order else torch.arange(num_channels, device=weight.device)
     # A channel at a time: each is a row here, so that it lies in memory as a whole.
     scale, zero = (each.t().contiguous() for each in grid.of_channels(order))
-    factor = _factor_of_inverse(hessian[order][:, order], method.damp)
+    factor = factor_of_inverse(hessian[order][:, order], method.damp, "the Hessian of GPTQ")
     rest = weight.t()[order].to(factor.dtype)
     codes = torch.empty_like(rest)
     for start in range(0, num_channels, method.block_size):
@@ -36,8 +36,11 @@ def gptq_codes(weight: torch.Tensor, hessian: torch.Tensor, grid: WeightGrid, me
     return codes[order.argsort()].t().float()
 
 
-def _factor_of_inverse(hessian: torch.Tensor, damp: float) -> torch.Tensor:
-    """The upper Cholesky factor of the inverse of H + damp * mean(diagonal); a channel that is always zero counts 1."""
+def factor_of_inverse(hessian: torch.Tensor, damp: float, name: str) -> torch.Tensor:
+    """The upper Cholesky factor of the inverse of H + damp * mean(diagonal); a channel that is always zero counts 1.
+
+    Raises NumericalError, which calls H by ``name``, where there is none.
+    """
     diagonal = hessian.diagonal()
     mean = diagonal.mean()
     raised = torch.where(diagonal == 0, 1.0, diagonal) + damp * mean
@@ -45,6 +48,6 @@ def _factor_of_inverse(hessian: torch.Tensor, damp: float) -> torch.Tensor:
     damped.diagonal().copy_(raised)
     lower, info = torch.linalg.cholesky_ex(damped)
     if int(info):
-        what = "the Hessian of GPTQ has no Cholesky factor: its samples depend on each other"
+        what = f"{name} has no Cholesky factor: its samples depend on each other"
         raise NumericalError(what, remedy="pass more text, or raise damp", field="damp")
     return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)

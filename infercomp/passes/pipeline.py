@@ -42,6 +42,7 @@ from .record import PassRecord
 from .round_weights import ROUND_WEIGHTS
 from .select_logit_rows import SELECT_LOGIT_ROWS
 from .smooth_activations import SMOOTH_ACTIVATIONS
+from .sparsify_linears import SPARSIFY_LINEARS
 from .split_channels import SPLIT_CHANNELS
 from .verify import check_structure, measure, output_values, tape_of
 from .widen_activations import WIDEN_ACTIVATIONS
@@ -56,6 +57,7 @@ PIPELINE: tuple[Pass, ...] = (
     RECOGNIZE_GATED_MLP,
     FOLD_CONSTANTS,
     CONVERT_ATTENTION,
+    SPARSIFY_LINEARS,
     SMOOTH_ACTIVATIONS,
     SPLIT_CHANNELS,
     WIDEN_ACTIVATIONS,

@@ -65,7 +65,7 @@ def assert_codes_are_right(seed: int, recipe: LinearRecipe, method: GPTQ) -> Non
     assert torch.equal(found.double(), expected)
 
 
-FACTOR = gptq._factor_of_inverse
+FACTOR = gptq.factor_of_inverse
 BUGS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
     "damping forgotten": lambda hessian, damp: FACTOR(hessian, 1e-12),
     "the other factor": lambda hessian, damp: FACTOR(hessian, damp).t().flip(0, 1),
@@ -77,7 +77,7 @@ BUGS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
 def test_a_planted_bug_is_caught(
     bug: Callable[[torch.Tensor, float], torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gptq, "_factor_of_inverse", bug)
+    monkeypatch.setattr(gptq, "factor_of_inverse", bug)
     with pytest.raises(AssertionError):
         assert_codes_are_right(1, W8A16(), GPTQ(damp=0.1))
 

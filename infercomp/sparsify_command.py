@@ -1,0 +1,60 @@
+"""``infercomp sparsify``: a model with zeros among its weights, with an account of what that cost."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated
+
+import typer
+
+from infercomp.compare_command import EvalTokensOption, JsonOption, PlotOption, SpeedOption
+from infercomp.made_model import CalibrationFolderOption, CalibrationOption, EvaluationOption, make_and_measure
+from infercomp.shell_arguments import MODEL_PANEL, DebugOption, DtypeOption, ModelArgument, errors_shown
+from infercomp.shell_input import checked_options
+from infercomp.texts import Texts
+
+EPILOG = """[bold]Examples[/]
+
+infercomp sparsify ./my-model -o my-model-24 --pattern 2:4 --eval text.txt
+
+infercomp sparsify demo -o smol-24 --pattern 2:4 --score sparsegpt --calibration text.txt --eval other.txt
+
+infercomp sparsify demo -o smol-24-int8 --score wanda --calibration text.txt --option quantization=w8a8"""
+
+
+def sparsify(
+    model: ModelArgument,
+    out: Annotated[str, typer.Option("--out", "-o", metavar="DIR", help="Folder for the sparse model.")],
+    pattern: Annotated[
+        str, typer.Option(metavar="N:M", help="So many weights are kept of every M consecutive input channels.")
+    ] = "2:4",
+    score: Annotated[
+        str, typer.Option(metavar="NAME", help="Which are kept: by magnitude, wanda or sparsegpt.")
+    ] = "magnitude",
+    tail: Annotated[
+        str, typer.Option(metavar="NAME", help="Layers whose channels M does not divide: refuse or pad.")
+    ] = "refuse",
+    calibration: CalibrationOption = None,
+    calibration_folder: CalibrationFolderOption = None,
+    evaluation: EvaluationOption = None,
+    eval_tokens: EvalTokensOption = 4096,
+    speed: SpeedOption = True,
+    json_file: JsonOption = None,
+    plot: PlotOption = None,
+    dtype: DtypeOption = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", metavar="KEY=VALUE", help="An option. Repeatable.", rich_help_panel=MODEL_PANEL),
+    ] = None,
+    debug: DebugOption = False,
+) -> None:
+    """Make weights of linears zeros and save the model; with --eval, say what that cost next to it in float32.
+
+    DIR is a MODEL of the other commands and of LLM. A folder that holds a saved model is replaced.
+    """
+    with errors_shown(debug):
+        from infercomp.passes.n_m_sparsity import nm_of
+
+        options = {**checked_options(option), "sparsity": replace(nm_of(pattern), score=score, tail=tail)}
+        texts = Texts(calibration, calibration_folder, evaluation)
+        make_and_measure(model, out, dtype, options, texts, eval_tokens, speed, json_file, plot)
