@@ -13,7 +13,16 @@ from torch import fx
 from .indexing import LoopVariable, affine
 from .lazy_tensor import Index, LazyTensor, Refused
 from .model_graph import value_of
-from .ops import clustered_weight_linear, group_linear, group_weight_linear, int8_linear, int8_weight_linear, linear
+from .ops import (
+    clustered_weight_linear,
+    group_linear,
+    group_weight_linear,
+    int8_linear,
+    int8_weight_linear,
+    linear,
+    sparse_int8_linear,
+    sparse_weight_linear,
+)
 from .regions import (
     PackedWeight,
     Region,
@@ -28,10 +37,12 @@ from .regions import (
 )
 from .scalar import Scalar, accumulator, binary, cast, walk
 from .specs import MatmulSpec, WeightLayout
-from .weight_panels import BF16, F32, INT8, PanelFormat, Zeros, clustered, grouped
+from .weight_panels import BF16, F32, INT8, PanelFormat, Zeros, clustered, grouped, sparse
 
 _INTEGER_LINEARS = (int8_linear, group_linear, int8_weight_linear, group_weight_linear)
-LINEARS = frozenset(op.overload for op in (linear, *_INTEGER_LINEARS, clustered_weight_linear))
+_SPARSE_LINEARS = (sparse_weight_linear, sparse_int8_linear)
+LINEARS = frozenset(op.overload for op in (linear, *_INTEGER_LINEARS, clustered_weight_linear, *_SPARSE_LINEARS))
+_FLOATS = {torch.float32: F32, torch.bfloat16: BF16}
 HALF_PANEL = 16
 
 
@@ -112,6 +123,8 @@ def _weight(region: Region, product: _Product, packs_floats: bool) -> tuple[Sour
         return (PackedWeight(product.parts, product.panel_format, HALF_PANEL, product.is_transposed),)
     if product.panel_format.outlier_room is not None:
         raise Refused("no Triton kernel looks weights up in a table")
+    if product.panel_format.is_sparse:
+        raise Refused("no Triton kernel picks activations by the places of weights")
     if product.panel_format.group is not None and product.sums is not None:
         raise Refused("no Triton kernel multiplies int8 rows with weights in groups")
     for part in product.parts:
@@ -133,6 +146,8 @@ def _product(node: fx.Node) -> _Product:
         return _float_product(node, given, dtype)
     if node.target == clustered_weight_linear.overload:
         return _clustered_product(node, given, dtype)
+    if node.target in [op.overload for op in _SPARSE_LINEARS]:
+        return _sparse_product(node, given, dtype)
     zero = given.get("weight_zero")
     if node.target in (int8_linear.overload, int8_weight_linear.overload):
         panel_format, parts = INT8, (given["weight"],)
@@ -159,11 +174,10 @@ def _kind_of(zero: fx.Node | None) -> Zeros:
 
 
 def _float_product(node: fx.Node, given: dict[str, fx.Node], dtype: torch.dtype) -> _Product:
-    if dtype not in (torch.float32, torch.bfloat16) or value_of(given["weight"]).dtype != dtype:
+    if dtype not in _FLOATS or value_of(given["weight"]).dtype != dtype:
         raise Refused(f"no panels for {dtype} rows and {value_of(given['weight']).dtype} weights")
-    panel_format = F32 if dtype == torch.float32 else BF16
     return _Product(
-        node, given["input"], panel_format, (given["weight"],), bias=given["bias"], is_transposed=given["transposed"]
+        node, given["input"], _FLOATS[dtype], (given["weight"],), bias=given["bias"], is_transposed=given["transposed"]
     )
 
 
@@ -173,6 +187,22 @@ def _clustered_product(node: fx.Node, given: dict[str, Any], dtype: torch.dtype)
     names = ("weight", "table", "outlier_counts", "outlier_columns", "outlier_excess")
     parts = tuple(given[name] for name in names)
     return _Product(node, given["input"], clustered(given["outlier_room"]), parts, bias=given["bias"])
+
+
+def _sparse_product(node: fx.Node, given: dict[str, Any], dtype: torch.dtype) -> _Product:
+    values = value_of(given["values"]).dtype
+    if dtype not in (*_FLOATS, torch.int8) or values not in (*_FLOATS, torch.int8):
+        raise Refused(f"no panels for {dtype} rows and two of four {values} weights")
+    return _Product(
+        node,
+        node.args[0],  # type: ignore[arg-type]
+        sparse(_FLOATS.get(values, INT8)),
+        (given["values"], given["indices"]),
+        given.get("sums"),
+        given.get("scale"),
+        given["weight_scale"],
+        given["bias"],
+    )
 
 
 def _left_operand(region: Region, node: fx.Node, row: LoopVariable) -> tuple[sympy.Expr, sympy.Expr]:
@@ -206,7 +236,7 @@ def _require_contiguous_sums(region: Region, node: fx.Node, row: LoopVariable) -
 def _finished(region: Region, product: _Product, row_index: Index) -> LazyTensor:
     """The linear's result as an expression of the accumulator: scales, bias, one rounding."""
     value = value_of(product.node)
-    is_integer = product.panel_format == INT8 and product.sums is not None
+    is_integer = product.panel_format.bits == 8 and product.sums is not None
     accumulated = torch.int32 if is_integer else torch.float32
 
     def compute(index: Index) -> Scalar:

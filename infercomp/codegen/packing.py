@@ -10,6 +10,7 @@ import torch
 from .clustered_panels import pack_clustered_panels, unpack_clustered_panels
 from .group_panels import pack_group_panels, unpack_group_panels
 from .ops.group_codes import packed_codes, unpacked_codes
+from .sparse_panels import pack_sparse_panels, unpack_sparse_panels
 from .weight_panels import (
     INT8,
     PanelFormat,
@@ -27,8 +28,8 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class PanelPacking:
-    """Parts of a weight to panels of ``panel_format``, and back: values, then scales and zeros of groups, or a
-    table and outliers.
+    """Parts of a weight to panels of ``panel_format``, and back: values, then scales and zeros of groups, a table and
+    outliers, or the indices of sparse ones.
 
     ``half_distance`` is 16, or the width of the gate for gated activations. ``is_transposed`` says that the
     values lie [K, N].
@@ -41,6 +42,8 @@ class PanelPacking:
     def pack(self, values: torch.Tensor, *scales: torch.Tensor) -> torch.Tensor:
         values = values.t() if self.is_transposed else values
         order = self._row_order(values.shape[0])
+        if self.panel_format.is_sparse:
+            return pack_sparse_panels(values, scales[0], self.panel_format, order)
         room = self.panel_format.outlier_room
         if room is not None:
             table, counts, columns, excess = scales
@@ -54,6 +57,8 @@ class PanelPacking:
         """The parts, of these shapes, that ``pack`` made the panels of, bit for bit."""
         num_outputs, num_inputs = reversed(shapes[0]) if self.is_transposed else shapes[0]
         order = self._row_order(num_outputs)
+        if self.panel_format.is_sparse:
+            return unpack_sparse_panels(panels, self.panel_format, order, num_outputs, num_inputs)
         if self.panel_format.outlier_room is not None:
             sizes = (num_outputs, 2 * num_inputs, shapes[1][1])
             codes, *rest = unpack_clustered_panels(panels, self.panel_format, order, *sizes)

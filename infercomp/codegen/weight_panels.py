@@ -17,6 +17,7 @@ PANEL = 32
 HALF = PANEL // 2
 ALIGNMENT = 64
 OUTLIER_BYTES = 8
+SPARSE_STEP, SPARSE_BLOCK = 8, 32
 INT8_OFFSET = 128
 Zeros = Literal["middle", "points", "values"]
 """What the zero of a group is: the middle code, a code in uint8, or in float16 what code 0 stands for."""
@@ -31,6 +32,7 @@ class PanelFormat:
 
     With a `group` words are codes, and each group of that many k ends in 32 float16 scales and what `zeros` says
     (group_panels.py). With `outlier_room`, which the name has too, words are codes of tables (clustered_panels.py).
+    Where `is_sparse`, two of every four weights are stored, with their places (sparse_panels.py).
     """
 
     name: str
@@ -38,6 +40,7 @@ class PanelFormat:
     group: int | None = None
     zeros: Zeros = "middle"
     outlier_room: int | None = field(default=None, repr=False)
+    is_sparse: bool = field(default=False, repr=False)
 
     @property
     def weights_per_word(self) -> int:
@@ -56,6 +59,11 @@ class PanelFormat:
         return self.group * self.bits // 8 * PANEL
 
     @property
+    def step_bytes(self) -> int:
+        """Bytes of the values that a sparse panel keeps of `SPARSE_STEP` inputs."""
+        return SPARSE_STEP // 2 * PANEL * self.bits // 8
+
+    @property
     def outlier_bytes(self) -> int:
         """Bytes of the outliers of one half of a panel."""
         assert self.outlier_room is not None
@@ -63,6 +71,10 @@ class PanelFormat:
 
     def panel_bytes(self, k: int) -> int:
         """Bytes of one panel of a weight with `k` inputs, a multiple of 64."""
+        if self.is_sparse:
+            if k % SPARSE_STEP:
+                raise ValueError(f"sparse panels take multiples of {SPARSE_STEP} inputs, not {k}")
+            return -(-k // SPARSE_BLOCK) * PANEL * 4 + k // SPARSE_STEP * self.step_bytes
         if self.outlier_room is not None:
             if k % self.weights_per_word or self.outlier_room % 4:
                 what = f"not {k} and {self.outlier_room}"
@@ -91,6 +103,11 @@ def grouped(bits: int, group: int, zeros: Zeros) -> PanelFormat:
 def clustered(outlier_room: int) -> PanelFormat:
     """4-bit codes of a table for each half of a panel, with room for so many outliers of each half."""
     return PanelFormat(f"clustered_o{outlier_room}", bits=4, outlier_room=outlier_room)
+
+
+def sparse(values: PanelFormat) -> PanelFormat:
+    """Two of every four weights, stored as in the format ``values``: float32, bfloat16 or INT8."""
+    return PanelFormat(f"sparse_{values.name}", bits=values.bits, is_sparse=True)
 
 
 def plain_row_order(num_outputs: int) -> Tensor:

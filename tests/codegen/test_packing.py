@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from infercomp.codegen import weight_panels
 from infercomp.codegen.packing import HALF_PANEL, PanelPacking
-from infercomp.codegen.weight_panels import BF16, F32, INT8, ZERO_BYTES, PanelFormat, clustered, grouped
+from infercomp.codegen.sparse_weights import packed_channels
+from infercomp.codegen.weight_panels import BF16, F32, INT8, ZERO_BYTES, PanelFormat, clustered, grouped, sparse
 
 FLOATS = {F32: torch.float32, BF16: torch.bfloat16}
 
@@ -18,7 +19,8 @@ FLOATS = {F32: torch.float32, BF16: torch.bfloat16}
 def packings(draw: st.DrawFn) -> tuple[PanelPacking, tuple[torch.Tensor, ...]]:
     """A packing and the parts of a weight of any size that it takes."""
     groups = st.builds(grouped, st.sampled_from([3, 4, 8]), st.sampled_from([32, 64]), st.sampled_from([*ZERO_BYTES]))
-    panel_format = draw(st.sampled_from([F32, BF16, INT8, clustered(8)]) | groups)
+    formats = [F32, BF16, INT8, clustered(8), *map(sparse, (F32, BF16, INT8))]
+    panel_format = draw(st.sampled_from(formats) | groups)
     is_gated = draw(st.booleans())
     num_outputs = draw(st.integers(1, 70)) * (2 if is_gated else 1)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1 << 31)))
@@ -28,6 +30,9 @@ def packings(draw: st.DrawFn) -> tuple[PanelPacking, tuple[torch.Tensor, ...]]:
     if panel_format.group is not None:
         num_groups = draw(st.integers(1, 3))
         return PanelPacking(panel_format, half_distance), quantised(panel_format, num_outputs, num_groups, generator)
+    if panel_format.is_sparse:
+        num_values = 4 * draw(st.integers(1, 20))
+        return PanelPacking(panel_format, half_distance), sparse_parts(panel_format, num_outputs, num_values, generator)
     is_transposed = panel_format in FLOATS and draw(st.booleans())
     num_inputs = draw(st.integers(1, 40))
     if panel_format.outlier_room is not None:
@@ -61,6 +66,14 @@ def clustered_parts(num_outputs: int, num_words: int, generator: torch.Generator
     counts = rows.bincount(minlength=num_outputs).int()
     table = torch.randn(num_outputs // 16, 8, generator=generator)
     return codes, table, counts, columns.int(), torch.randn(len(rows), generator=generator)
+
+
+def sparse_parts(
+    panel_format: PanelFormat, num_outputs: int, num_values: int, generator: torch.Generator
+) -> tuple[torch.Tensor, ...]:
+    dtype = {8: torch.int8, 16: torch.bfloat16, 32: torch.float32}[panel_format.bits]
+    values = (50 * torch.randn(num_outputs, num_values, generator=generator)).to(dtype)
+    return values, packed_channels(torch.randint(0, 4, values.shape, dtype=torch.uint8, generator=generator))
 
 
 def is_restored(packing: PanelPacking, parts: tuple[torch.Tensor, ...]) -> bool:

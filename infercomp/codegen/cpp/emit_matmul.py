@@ -11,11 +11,15 @@ from .emit_loops import operand_lines, size_lines
 from .scalar_text import BUFFER_TYPES, Body, index_text, store_text
 
 HALF_PANEL = 16
+_SPARSE_WORDS = {8: "SignedINT8Words", 16: "BF16Words", 32: "FloatWords"}
 
 
 def panels_type(panel_format: PanelFormat, activation: torch.dtype) -> str:
     """The struct of the support headers that multiplies rows of ``activation`` with a weight format."""
     kind = BUFFER_TYPES[activation]
+    if panel_format.is_sparse:
+        words = _SPARSE_WORDS[panel_format.bits]
+        return "SparseINT8Panels" if kind == "int8_t" else f"SparseWeightPanels<{words}, {kind}>"
     if panel_format.outlier_room is not None:
         return f"ClusteredWeightPanels<{panel_format.outlier_room}, {kind}>"
     if panel_format == F32:

@@ -15,6 +15,7 @@ from .quantized import (
     quantize_weight_int8,
 )
 from .rope import rotary_embedding
+from .sparse import sparse_int8_linear, sparse_weight_linear
 
 __all__ = [
     "ACTIVATIONS",
@@ -40,5 +41,7 @@ __all__ = [
     "quantize_weight_int8",
     "rms_norm",
     "rotary_embedding",
+    "sparse_int8_linear",
+    "sparse_weight_linear",
     "write_kv",
 ]

@@ -21,19 +21,23 @@ INFERCOMP_INLINE native_i32 dot_int16(native_u32 left, native_u32 right) {
 #endif
 }
 
-// sum + the four products of unsigned weights with signed activations in each lane.
-INFERCOMP_INLINE native_i32 add_dot_int8(native_i32 sum, native_u32 weights, int32_t activations) {
-    const native_i32 broadcast = activations - native_i32{};
+// sum + the four products of unsigned and signed bytes in each lane.
+INFERCOMP_INLINE native_i32 add_dot_int8(native_i32 sum, native_u32 unsigned_bytes, native_i32 signed_bytes) {
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-    return (native_i32)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)weights, (__m512i)broadcast);
+    return (native_i32)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)unsigned_bytes, (__m512i)signed_bytes);
 #elif defined(__AVXVNNI__) && defined(__AVX2__)
-    return (native_i32)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)weights, (__m256i)broadcast);
+    return (native_i32)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)unsigned_bytes, (__m256i)signed_bytes);
 #else
-    const native_i16_pairs pairs = reinterpret<native_i16_pairs>(broadcast);
+    const native_i16_pairs pairs = reinterpret<native_i16_pairs>(signed_bytes);
     const native_u32 even = reinterpret<native_u32>((pairs << 8) >> 8);
     const native_u32 odd = reinterpret<native_u32>(pairs >> 8);
-    return sum + dot_int16(weights & 0x00ff00ffu, even) + dot_int16((weights >> 8) & 0x00ff00ffu, odd);
+    return sum + dot_int16(unsigned_bytes & 0x00ff00ffu, even) + dot_int16((unsigned_bytes >> 8) & 0x00ff00ffu, odd);
 #endif
+}
+
+// sum + the four products of unsigned weights with signed activations in each lane.
+INFERCOMP_INLINE native_i32 add_dot_int8(native_i32 sum, native_u32 weights, int32_t activations) {
+    return add_dot_int8(sum, weights, activations - native_i32{});
 }
 
 struct INT8Dot {
