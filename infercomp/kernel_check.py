@@ -21,6 +21,7 @@ import torch
 from .codegen.config import CodegenConfig
 from .codegen.cpp.toolchain import SUPPORT, build_library
 from .codegen.packing import PanelPacking
+from .codegen.sparse_weights import PAIRS_OF_PLACES
 from .codegen.weight_panels import PanelFormat
 from .runtime.errors import InfercompError
 from .runtime.native_step import KernelCall, NativeStep, OutputSpec, SizeSource
@@ -38,7 +39,8 @@ class Input:
 
     kind: "normal" (standard deviation ``limit``), "codes" (all integers of the dtype, -128 left out), "scale"
     (small and positive), "index" (below ``limit``), "slots" (different ones below ``limit``), "starts" (``limit``
-    rows cut evenly), "lengths" (at most ``limit``), "sums" (of the groups of the input called ``limit``).
+    rows cut evenly), "lengths" (at most ``limit``), "sums" (of the groups of the input called ``limit``),
+    "places" (indices of 2:4 weights).
     """
 
     name: str
@@ -199,6 +201,9 @@ def _random(each: Input, values: Values) -> torch.Tensor:
         return torch.randperm(each.limit)[: shape[0]].to(dtype)
     if each.kind == "index":
         return torch.randint(each.limit, shape, dtype=dtype)
+    if each.kind == "places":
+        low, high = PAIRS_OF_PLACES[torch.randint(len(PAIRS_OF_PLACES), (2, *shape))]
+        return low | high << 4
     if each.kind == "scale":
         return (torch.rand(shape) * 0.02 + 0.01).to(dtype)
     if dtype == torch.bool:

@@ -29,6 +29,8 @@ class InputKinds:
             roles = {name for name, argument in given.items() if self._leaf(argument) is leaf}
             if roles & {"scale", "weight_scale", "key_scale", "value_scale"}:
                 return "scale", "1"
+            if "weight_indices" in roles:
+                return "places", "1"
             if "weight_zero" in roles:
                 return "index", "128"
             if "sums" in roles and (quantized := self._leaf(given["q"])) is not None:

@@ -9,11 +9,12 @@ import torch
 from torch import fx
 
 from .codegen.model_graph import ModelGraph, value_of
+from .passes.compress_weights import SPARSE_VALUES
 from .passes.graph_pass import is_float_tensor
 from .passes.quantizable_linears import sources_of
 from .served_model import ServedLinear
 
-_SCHEMA_NAMES = ("weight", "weight_scale", "weight_zero")
+_SCHEMA_NAMES = ("weight", "weight_values", "weight_indices", "weight_scale", "weight_zero")
 
 
 def linears_of(model_graph: ModelGraph) -> tuple[ServedLinear, ...]:
@@ -41,19 +42,20 @@ def _head_of(output: Any) -> fx.Node | None:
 
 def _of_call(model_graph: ModelGraph, node: fx.Node, is_head: bool) -> Iterator[ServedLinear]:
     given = {each.name: value for each, value in zip(node.target._schema.arguments, node.args, strict=False)}  # type: ignore[union-attr]
-    weights = [given[name] for name in _SCHEMA_NAMES if given.get(name) is not None]
-    by_layer = zip(*(sources_of(each) for each in weights), strict=True)  # type: ignore[arg-type]
+    weights = {name: given[name] for name in _SCHEMA_NAMES if given.get(name) is not None}
+    by_layer = zip(*(sources_of(each) for each in weights.values()), strict=True)  # type: ignore[arg-type]
     rows = value_of(node.args[0])
     num_channels, activation_bits = int(rows.shape[-1]), 8 if rows.dtype == torch.int8 else 16
     for sources in by_layer:
         if not all(map(model_graph.is_weight, sources)):
             continue
         values = model_graph.weights[sources[0].name]
-        num_weights = values.numel() if values.is_floating_point() else len(values) * num_channels
+        is_dense = values.is_floating_point() and "weight_values" not in given
+        num_weights = values.numel() if is_dense else len(values) * num_channels
         # Outliers that were split off have left zeros behind, in the part that the others are in.
         num_weights *= not sources[0].name.endswith("_outliers")
         source = model_graph.weight_sources.get(sources[0].name, sources[0].name)
-        name = source.removeprefix("model.").removesuffix("_packed").removesuffix(".weight")
+        name = source.removeprefix("model.").removesuffix("_packed").removesuffix(".weight").removesuffix(SPARSE_VALUES)
         weight_bits = given.get("bits", 8 * values.dtype.itemsize)
         tensors = tuple(each.name for each in sources)
         yield ServedLinear(name, num_weights, tensors, is_head, weight_bits, activation_bits)

@@ -20,6 +20,7 @@ from .compiler import lower_graph, rewrite_graph
 from .config import Config
 from .loading.compressed_tensors import SCALE
 from .loading.stored_linears import StoredLinear
+from .passes.compress_weights import SPARSE_VALUES
 from .passes.grouped_query import GroupedQuery
 from .passes.quantize_linears import ZERO_VALUE
 from .runtime.kv_pools import KvCacheSpec
@@ -131,9 +132,9 @@ def compile_for_serving(
     compiled = lower_graph(rewritten, config)
     logits = value_of(captured.output_node().args[0][0])
     names = {name: source.removeprefix("model.") for name, source in captured.weight_sources.items()}
-    # What smoothing has put behind a norm is none of the model's own tensors.
+    # What smoothing has put behind a norm is none of the model's own tensors, nor is what a weight is compressed to.
     has_factors = any(name.endswith("_smoothing") for name in captured.weights)
-    has_factors |= any(name.endswith(ZERO_VALUE) for name in names.values())
+    has_factors |= any(name.endswith((SPARSE_VALUES, ZERO_VALUE)) for name in names.values())
     specs = _cache_specs(captured)
     has_factors |= heads is not None and any(spec.num_kv_heads != heads.groups for spec in specs)
     form = ServedForm(

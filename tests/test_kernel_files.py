@@ -50,6 +50,7 @@ EDITS = {
     "loop_reduction": ("t4 + 1e-05f", "t4 - 1e-01f"),
     "write_kv": ("+ e0)]", "+ e0 + 1)]"),
     "matmul_int8": ("t1 * t2", "t1 + t2"),
+    "matmul_sparse": ("= products[lane]", "= 2 * products[lane]"),
     "paged_attention": ("a.scale = 0.25f", "a.scale = 0.26f"),
     "paged_attention_int8": ("a.value_scale = b7", "a.value_scale = b7 + 1"),
     "write_kv_int8": ("std::nearbyint(t", "2 + std::nearbyint(t"),

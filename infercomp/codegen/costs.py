@@ -99,7 +99,7 @@ def _matmul_cost(spec: MatmulSpec, sizes: Mapping[sympy.Symbol, int]) -> Cost:
         num_bytes += rows * (spec.reduced // (spec.panel_format.group or spec.reduced)) * _FLOAT_BYTES
     unit = _unit(spec.activation if spec.panel_format == BF16 or spec.activation == torch.int8 else torch.float32)
     operations = {"float32": num_operations}
-    products = 2 * rows * spec.reduced * num_outputs
+    products = 2 * rows * spec.reduced * num_outputs // (2 if spec.panel_format.is_sparse else 1)
     return Cost(num_bytes, {**operations, unit: operations.get(unit, 0) + products})
 
 

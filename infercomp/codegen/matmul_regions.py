@@ -190,14 +190,14 @@ def _clustered_product(node: fx.Node, given: dict[str, Any], dtype: torch.dtype)
 
 
 def _sparse_product(node: fx.Node, given: dict[str, Any], dtype: torch.dtype) -> _Product:
-    values = value_of(given["values"]).dtype
+    values = value_of(given["weight_values"]).dtype
     if dtype not in (*_FLOATS, torch.int8) or values not in (*_FLOATS, torch.int8):
         raise Refused(f"no panels for {dtype} rows and two of four {values} weights")
     return _Product(
         node,
         node.args[0],  # type: ignore[arg-type]
         sparse(_FLOATS.get(values, INT8)),
-        (given["values"], given["indices"]),
+        (given["weight_values"], given["weight_indices"]),
         given.get("sums"),
         given.get("scale"),
         given["weight_scale"],

@@ -108,6 +108,14 @@ class ModelGraph:
             if node.op == "call_function" and not node.users and not mutates(node):
                 self.graph.erase_node(node)
 
+    def drop_unused_weights(self) -> None:
+        """Weights that nothing reads any more leave the graph, so that their memory can go."""
+        for node in list(self.graph.nodes):
+            if self.is_weight(node) and not node.users:
+                self.graph.erase_node(node)
+                del self.weights[node.name]
+                self.weight_sources.pop(node.name, None)
+
 
 def mutates(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable

@@ -25,6 +25,8 @@ def _nibble(nonzeros: int) -> int:
 
 
 _NIBBLES = [_nibble(nonzeros) for nonzeros in range(1 << GROUP)]
+PAIRS_OF_PLACES = torch.tensor(sorted(set(_NIBBLES)), dtype=torch.uint8)
+"""The six nibbles that a group may have."""
 
 
 def nonzeros_of_groups(weight: Tensor) -> Tensor:

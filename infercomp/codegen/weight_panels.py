@@ -32,7 +32,6 @@ class PanelFormat:
 
     With a `group` words are codes, and each group of that many k ends in 32 float16 scales and what `zeros` says
     (group_panels.py). With `outlier_room`, which the name has too, words are codes of tables (clustered_panels.py).
-    Where `is_sparse`, two of every four weights are stored, with their places (sparse_panels.py).
     """
 
     name: str
@@ -40,7 +39,6 @@ class PanelFormat:
     group: int | None = None
     zeros: Zeros = "middle"
     outlier_room: int | None = field(default=None, repr=False)
-    is_sparse: bool = field(default=False, repr=False)
 
     @property
     def weights_per_word(self) -> int:
@@ -57,6 +55,11 @@ class PanelFormat:
         """Bytes of the codes of one group of one panel."""
         assert self.group is not None
         return self.group * self.bits // 8 * PANEL
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether two of every four weights are stored, with their places (sparse_panels.py)."""
+        return self.name.startswith("sparse_")
 
     @property
     def step_bytes(self) -> int:
@@ -107,7 +110,7 @@ def clustered(outlier_room: int) -> PanelFormat:
 
 def sparse(values: PanelFormat) -> PanelFormat:
     """Two of every four weights, stored as in the format ``values``: float32, bfloat16 or INT8."""
-    return PanelFormat(f"sparse_{values.name}", bits=values.bits, is_sparse=True)
+    return PanelFormat(f"sparse_{values.name}", bits=values.bits)
 
 
 def plain_row_order(num_outputs: int) -> Tensor:

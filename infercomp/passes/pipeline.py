@@ -1,8 +1,8 @@
 """The pipeline is one tuple; the runner does for every pass what is common to all.
 
 Standardise first (``recognize_*``, ``fuse_rope``), then optimise (``merge_*``), then serve
-(``page_attention``, ``select_logit_rows``), then round (``quantize_linears``, ``quantize_kv_cache``). A new
-model needs a new recogniser, a new optimisation none.
+(``page_attention``, ``select_logit_rows``), then round (``quantize_linears``, ``quantize_kv_cache``) and compress
+(``compress_weights``). A new model needs a new recogniser, a new optimisation none.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from ..codegen.model_graph import ModelGraph
 from ..runtime.errors import PassError
 from .allocate_bits import ALLOCATE_BITS
 from .calibration import Calibration
+from .compress_weights import COMPRESS_WEIGHTS
 from .config import PassConfig, check_pass_names
 from .convert_attention import CONVERT_ATTENTION
 from .fold_constants import FOLD_CONSTANTS
@@ -67,6 +68,7 @@ PIPELINE: tuple[Pass, ...] = (
     PAGE_ATTENTION,
     SELECT_LOGIT_ROWS,
     QUANTIZE_LINEARS,
+    COMPRESS_WEIGHTS,
     QUANTIZE_KV_CACHE,
     FUSE_GATED_EPILOGUE,
     FUSE_LINEAR_EPILOGUE,

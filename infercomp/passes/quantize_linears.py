@@ -78,7 +78,7 @@ def run(model_graph: ModelGraph, context: PassContext) -> None:
         quantizer.quantize_embeddings()
     model_graph.eliminate_dead_code()
     if model_graph.frozen and context.sites:
-        _drop_unused_weights(model_graph)
+        model_graph.drop_unused_weights()
 
 
 class _Quantizer:
@@ -228,15 +228,6 @@ def _row_chunks(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 def _results(emit: Emitter, call: fx.Node) -> list[fx.Node]:
     return [emit(operator.getitem, call, position) for position in range(len(value_of(call)))]
-
-
-def _drop_unused_weights(model_graph: ModelGraph) -> None:
-    """Floats that nothing reads any more leave the graph, so that their memory can go."""
-    for node in list(model_graph.graph.nodes):
-        if model_graph.is_weight(node) and not node.users:
-            model_graph.graph.erase_node(node)
-            del model_graph.weights[node.name]
-            model_graph.weight_sources.pop(node.name, None)
 
 
 QUANTIZE_LINEARS = Pass("quantize_linears", run, LOSSY, after=("round_weights", "merge_linears", "select_logit_rows"))

@@ -113,6 +113,15 @@ def test_a_linear_reads_whole_panels(dtype: torch.dtype, unit: str) -> None:
     assert cost.operations[unit] == 2 * TOKENS * 48 * 40
 
 
+def test_a_2_of_4_linear_reads_and_multiplies_what_is_kept() -> None:
+    x, weight = torch.randn(TOKENS, 48), torch.randn(64, 48)
+    masked = weight * torch.tensor([0.0, 1.0, 0.0, 1.0]).repeat(12)
+    dense, sparse = (one_cost(lambda x, w: nn.functional.linear(x, w), x, w=each) for each in (weight, masked))
+    # Of 48 inputs 24 floats an output, and a word of places for 32 of them or what is left.
+    assert dense.num_bytes - sparse.num_bytes == 64 * (48 - 24 - 2) * 4
+    assert sparse.operations == {"float32": dense.operations["float32"] // 2}
+
+
 def test_a_gated_linear_has_both_halves_and_its_activation() -> None:
     x, weight = torch.randn(TOKENS, 48), torch.randn(64, 48)
 

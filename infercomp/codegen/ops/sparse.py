@@ -10,29 +10,30 @@ from .op import compute_dtype, op
 from .quantized import int8_linear
 
 
-def _fake_sparse_weight_linear(input: torch.Tensor, values: torch.Tensor, *_):  # type: ignore[no-untyped-def]
-    return input.new_empty(*input.shape[:-1], values.shape[0])
+def _fake_sparse_weight_linear(input: torch.Tensor, weight_values: torch.Tensor, *_):  # type: ignore[no-untyped-def]
+    return input.new_empty(*input.shape[:-1], weight_values.shape[0])
 
 
 @op(
-    "sparse_weight_linear(Tensor input, Tensor values, Tensor indices, Tensor? weight_scale, Tensor? bias) -> Tensor",
+    "sparse_weight_linear(Tensor input, Tensor weight_values, Tensor weight_indices, Tensor? weight_scale,"
+    " Tensor? bias) -> Tensor",
     fake=_fake_sparse_weight_linear,
 )
 def sparse_weight_linear(
     input: torch.Tensor,
-    values: torch.Tensor,
-    indices: torch.Tensor,
+    weight_values: torch.Tensor,
+    weight_indices: torch.Tensor,
     weight_scale: torch.Tensor | None,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """(input Wᵀ) * weight_scale + bias, input [..., K] in floats, W what ``sparse_weights.restore_2_of_4`` makes of
-    values [N, K/2] and indices uint8 [N, K/8] -> [..., N].
+    weight_values [N, K/2] and weight_indices uint8 [N, K/8] -> [..., N].
 
     Values are floats and weight_scale None, or values int8 and weight_scale float32 [N]; bias [N].
     Computed in float32 (float64 for float64 inputs) in any order, rounded once to the input's dtype.
     """
     x = input.to(compute_dtype(input))
-    product = F.linear(x, restore_2_of_4(values, indices).to(x.dtype))
+    product = F.linear(x, restore_2_of_4(weight_values, weight_indices).to(x.dtype))
     product = product if weight_scale is None else product * weight_scale.to(x.dtype)
     return (product if bias is None else product + bias.to(x.dtype)).to(input.dtype)
 
@@ -42,21 +43,21 @@ def _fake_sparse_int8_linear(q: torch.Tensor, scale: torch.Tensor, sums: torch.T
 
 
 @op(
-    "sparse_int8_linear(Tensor q, Tensor scale, Tensor sums, Tensor values, Tensor indices, Tensor weight_scale,"
-    " Tensor? bias, ScalarType dtype) -> Tensor",
+    "sparse_int8_linear(Tensor q, Tensor scale, Tensor sums, Tensor weight_values, Tensor weight_indices,"
+    " Tensor weight_scale, Tensor? bias, ScalarType dtype) -> Tensor",
     fake=_fake_sparse_int8_linear,
 )
 def sparse_int8_linear(
     q: torch.Tensor,
     scale: torch.Tensor,
     sums: torch.Tensor,
-    values: torch.Tensor,
-    indices: torch.Tensor,
+    weight_values: torch.Tensor,
+    weight_indices: torch.Tensor,
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """``int8_linear`` with the weight [N, K] that int8 values [N, K/2] and indices uint8 [N, K/8] stand for, bit for
-    bit: its other arguments are those of ``int8_linear``, and its result is [..., N] in ``dtype``."""
-    weight = restore_2_of_4(values, indices)
+    """``int8_linear`` with the weight [N, K] that int8 weight_values [N, K/2] and weight_indices uint8 [N, K/8] stand
+    for, bit for bit: its other arguments are those of ``int8_linear``, and its result is [..., N] in ``dtype``."""
+    weight = restore_2_of_4(weight_values, weight_indices)
     return int8_linear.definition(q, scale, sums, weight, weight_scale, bias, dtype)

@@ -122,6 +122,18 @@ class WriteCodes(nn.Module):
         return key + value
 
 
+class SparseProduct(nn.Module):
+    """Rows times a weight of which two in every four inputs are kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        kept = torch.tensor([1.0, 0.0, 0.0, 1.0]).repeat(CHANNELS // 4)
+        self.weight = nn.Parameter(torch.randn(OUTPUTS, CHANNELS) * kept)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return nn.functional.linear(rows, self.weight)
+
+
 def graph_of(name: str) -> ModelGraph:
     """The graph of one family, as the passes leave it."""
     torch.manual_seed(0)
@@ -167,6 +179,7 @@ def models() -> dict[str, Model]:
         "matmul_float32": (Product(torch.float32), (rows,)),
         "matmul_bfloat16": (Product(torch.bfloat16), (rows.bfloat16(),)),
         "matmul_int8": (Int8Product(), quantized),
+        "matmul_sparse": (SparseProduct(), (rows,)),
         "matmul_int4": (Int4Product(), (rows,)),
         "attention": (Attention(), (query, keys.transpose(0, 1)[None], keys.transpose(0, 1)[None].clone())),
         "paged_attention": (PagedAttention(), (query[0].transpose(0, 1), *_caches(), *placed)),

@@ -20,7 +20,7 @@ from infercomp.passes.pipeline import run_pipeline
 FOLDER = Path(__file__).parent / "golden"
 NAMES = (
     "attention", "loop_reduction", "matmul_bfloat16", "matmul_float32", "matmul_int4", "matmul_int8",
-    "paged_attention", "paged_attention_int8", "write_kv", "write_kv_int8",
+    "matmul_sparse", "paged_attention", "paged_attention_int8", "write_kv", "write_kv_int8",
 )  # fmt: skip
 
 
