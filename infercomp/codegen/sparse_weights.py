@@ -15,23 +15,31 @@ from ..runtime.errors import ConfigError
 GROUP = 4
 KEPT = 2
 CHANNELS_OF_BYTE = 2 * GROUP
-_CHANNELS = torch.arange(GROUP, dtype=torch.uint8)
+_PATTERNS = range(1 << GROUP)
 
 
-def _nibble(nonzeros: int) -> int:
-    """The places of the two that are kept, where the bits of ``nonzeros`` say which of four are not zero."""
-    first, second = sorted(sorted(range(GROUP), key=lambda channel: nonzeros >> channel & 1 == 0)[:KEPT])
-    return first | second << 2
+def _kept(pattern: int) -> list[int]:
+    """The two channels that are kept, where the bits of ``pattern`` say which of four are not zero."""
+    return sorted(sorted(range(GROUP), key=lambda channel: pattern >> channel & 1 == 0)[:KEPT])
 
 
-_NIBBLES = [_nibble(nonzeros) for nonzeros in range(1 << GROUP)]
-PAIRS_OF_PLACES = torch.tensor(sorted(set(_NIBBLES)), dtype=torch.uint8)
+_KEPT = torch.tensor([_kept(pattern) for pattern in _PATTERNS])
+_NIBBLES = (_KEPT[:, 0] | _KEPT[:, 1] << 2).to(torch.uint8)
+_IS_DENSE = torch.tensor([pattern.bit_count() > KEPT for pattern in _PATTERNS])
+PAIRS_OF_PLACES = _NIBBLES.unique()
 """The six nibbles that a group may have."""
 
 
-def nonzeros_of_groups(weight: Tensor) -> Tensor:
-    """How many of each four consecutive inputs of weight [N, K] are not zero, int64 [N, K/4]; K in fours."""
-    return (weight != 0).unflatten(1, (-1, GROUP)).sum(-1)
+def _patterns(weight: Tensor) -> Tensor:
+    """Which of each four consecutive inputs of weight [N, K] are not zero: bits 0 to 3 of int32 [N, K/4]."""
+    words = (weight != 0).contiguous().view(torch.int32)
+    pairs = words | words >> 7
+    return pairs.bitwise_or_(pairs >> 14).bitwise_and_(15)
+
+
+def is_dense_group(weight: Tensor) -> Tensor:
+    """Whether more than two of each four consecutive inputs of weight [N, K] are not zero, [N, K/4]; K in fours."""
+    return _looked_up(_IS_DENSE, _patterns(weight))
 
 
 def compress_2_of_4(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,17 +53,21 @@ def compress_2_of_4(weight: Tensor) -> tuple[Tensor, Tensor]:
     if num_inputs % CHANNELS_OF_BYTE:
         what = f"2:4 weights have inputs in eights, not {num_inputs}"
         raise ConfigError(what, remedy="keep it dense", field="weight")
-    counts = nonzeros_of_groups(weight)
-    if bool((counts > KEPT).any()):
-        row, group = (counts > KEPT).nonzero()[0].tolist()
-        what = f"inputs {GROUP * group} to {GROUP * group + 3} of output {row} have {int(counts[row, group])} nonzeros"
+    patterns = _patterns(weight)
+    is_dense = _looked_up(_IS_DENSE, patterns)
+    if bool(is_dense.any()):
+        row, group = is_dense.nonzero()[0].tolist()
+        count = int(patterns[row, group]).bit_count()
+        what = f"inputs {GROUP * group} to {GROUP * group + 3} of output {row} have {count} nonzeros"
         raise ConfigError(f"{what}, and 2:4 keeps two", remedy="mask the weight, or keep it dense", field="weight")
-    is_kept = (weight != 0).unflatten(1, (-1, GROUP)).to(torch.uint8)
-    nibbles = torch.tensor(_NIBBLES, dtype=torch.uint8, device=weight.device)[(is_kept << _CHANNELS).sum(-1)]
-    indices = nibbles[:, ::2] | nibbles[:, 1::2] << 4
-    channels = kept_channels(indices).long().unflatten(1, (-1, KEPT))
-    values = weight.unflatten(1, (-1, GROUP)).gather(-1, channels).flatten(1)
-    return torch.where(values == 0, torch.zeros_like(values), values), indices
+    nibbles = _looked_up(_NIBBLES, patterns)
+    values = weight.unflatten(1, (-1, GROUP)).gather(-1, _looked_up(_KEPT, patterns)).flatten(1)
+    return values.masked_fill_(values == 0, 0), nibbles[:, ::2] | nibbles[:, 1::2] << 4
+
+
+def _looked_up(table: Tensor, patterns: Tensor) -> Tensor:
+    rows = table.to(patterns.device).index_select(0, patterns.flatten())
+    return rows.view(*patterns.shape, *table.shape[1:])
 
 
 def kept_channels(indices: Tensor) -> Tensor:

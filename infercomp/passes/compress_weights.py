@@ -26,7 +26,7 @@ from ..codegen.ops import (
     sparse_int8_linear,
     sparse_weight_linear,
 )
-from ..codegen.sparse_weights import CHANNELS_OF_BYTE, GROUP, KEPT, compress_2_of_4, nonzeros_of_groups
+from ..codegen.sparse_weights import CHANNELS_OF_BYTE, GROUP, compress_2_of_4, is_dense_group
 from .graph_pass import Pass, PassContext
 from .quantizable_linears import sources_of
 
@@ -149,11 +149,11 @@ def _is_weight_of(user: fx.Node, parameter: fx.Node) -> bool:
 def _is_mostly_sparse(rows: Tensor) -> bool:
     if rows.numel() == 0 or rows.shape[1] % GROUP:
         return False
-    return 2 * int((nonzeros_of_groups(rows) > KEPT).sum()) <= rows.numel() // GROUP
+    return 2 * int(is_dense_group(rows).sum()) <= rows.numel() // GROUP
 
 
 def _num_dense_groups(rows: Tensor) -> int:
-    return sum(int((nonzeros_of_groups(part) > KEPT).sum()) for part in _row_chunks(rows))
+    return sum(int(is_dense_group(part).sum()) for part in _row_chunks(rows))
 
 
 def _row_chunks(rows: Tensor) -> Sequence[Tensor]:

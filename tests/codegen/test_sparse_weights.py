@@ -31,9 +31,9 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @settings(max_examples=60, deadline=None)
-@given(sparse_weights())
-def test_what_was_compressed_is_restored(weight: torch.Tensor) -> None:
-    values, indices = compress_2_of_4(weight)
+@given(sparse_weights(), st.booleans())
+def test_what_was_compressed_is_restored(weight: torch.Tensor, lies_transposed: bool) -> None:
+    values, indices = compress_2_of_4(weight.t().contiguous().t() if lies_transposed else weight)
     num_outputs, num_inputs = weight.shape
     assert (values.shape, values.dtype) == ((num_outputs, num_inputs // 2), weight.dtype)
     assert (indices.shape, indices.dtype) == ((num_outputs, num_inputs // 8), torch.uint8)

@@ -150,7 +150,7 @@ def sparse_case(num_rows: int, n: int, k: int, order: Tensor, *, values: PanelFo
         rows = int8_values(num_rows, k)
         row_sums = rows.sum(1, keepdim=True, dtype=torch.int32)
         return Case(poisoned(rows, 77), panels, order, row_sums, weight.double(), 0.0)
-    rows = torch.randn(num_rows, k)
+    rows = torch.randn(num_rows, k).to(activation)
     tolerance = sum_tolerance(rows, weight, k)
     return Case(poisoned(rows, float("nan")), panels, order, None, weight.double(), tolerance)
 
@@ -167,7 +167,7 @@ def case_of(kernel: str) -> Callable[[int, int, int, Tensor], Case]:
         "int8_weights_bf16": lambda *shape: int8_weights_case(*shape, bf16),
         **{name: partial(group_case, panel_format=FORMATS[name], activation=rows) for name, rows in GROUPS.items()},
         "sparse_f32": lambda *shape: sparse_case(*shape, values=weight_panels.F32, activation=f32),
-        "sparse_bf16": lambda *shape: sparse_case(*shape, values=weight_panels.BF16, activation=f32),
+        "sparse_bf16": lambda *shape: sparse_case(*shape, values=weight_panels.BF16, activation=bf16),
         "sparse_int8_weights": lambda *shape: sparse_case(*shape, values=weight_panels.INT8, activation=f32),
         "sparse_int8": lambda *shape: sparse_case(*shape, values=weight_panels.INT8, activation=i8),
     }[kernel]

@@ -25,8 +25,7 @@ SUPPORT = Path(infercomp.codegen.cpp.__file__).parent / "support"
 
 # A product in blocks of at most `block` rows, each panel's tile copied to its place in the output.
 HARNESS = """
-#include "group_panels.h"
-#include "sparse_panels.h"
+#include "product.h"
 using namespace infercomp;
 
 template <class Format, class... RowSums>
@@ -48,6 +47,18 @@ void product(int num_rows, const void* rows, int64_t row_stride, const char* pan
     }
 }
 
+// The same with the rows as a task prepares them.
+template <class Format, class... RowSums>
+void prepared_product(int num_rows, const void* rows, int64_t row_stride, const char* panels, int num_panels, int64_t k,
+                      int block, void* output, RowSums... row_sums) {
+    using From = typename Format::activation;
+    using Multiplied = typename WidenedOf<Format>::type;
+    const Product shape{num_rows, num_panels, k, row_stride, 1};
+    const auto* prepared = prepared_rows<From, typename Multiplied::activation>(
+        static_cast<const From*>(rows), num_rows, shape, row_stride);
+    product<Multiplied>(num_rows, prepared, row_stride, panels, num_panels, k, block, output, row_sums...);
+}
+
 #define EXPORT(name, ...) \\
     extern "C" int name##_max_rows() { return __VA_ARGS__::MAX_ROWS; } \\
     extern "C" int64_t name##_panel_bytes(int64_t k) { return __VA_ARGS__::panel_bytes(k); } \\
@@ -62,6 +73,17 @@ void product(int num_rows, const void* rows, int64_t row_stride, const char* pan
     EXPORT(name, __VA_ARGS__) { \\
         const auto sums_from = [=](int row) { return sums + row * sums_stride; }; \\
         product<__VA_ARGS__>(num_rows, rows, row_stride, panels, num_panels, k, block, output, sums_from); \\
+    }
+
+#define EXPORT_PREPARED_FLOAT(name, ...) \\
+    EXPORT(name, __VA_ARGS__) { \\
+        (void)sums, (void)sums_stride; \\
+        prepared_product<__VA_ARGS__>(num_rows, rows, row_stride, panels, num_panels, k, block, output); \\
+    }
+#define EXPORT_PREPARED_INT(name, ...) \\
+    EXPORT(name, __VA_ARGS__) { \\
+        const auto sums_from = [=](int row) { return sums + row * sums_stride; }; \\
+        prepared_product<__VA_ARGS__>(num_rows, rows, row_stride, panels, num_panels, k, block, output, sums_from); \\
     }
 
 EXPORT_FLOAT(f32, F32Panels)
@@ -80,9 +102,9 @@ EXPORT_FLOAT(int4_weights_g32_zv_bf16, GroupWeightPanels<4, 32, Zeros::VALUES, b
 EXPORT_FLOAT(int4_weights_g128_bf16, GroupWeightPanels<4, 128, Zeros::MIDDLE, bf16>)
 EXPORT_FLOAT(int8_weights_g32, GroupWeightPanels<8, 32, Zeros::MIDDLE, float>)
 EXPORT_FLOAT(sparse_f32, SparseWeightPanels<FloatWords, float>)
-EXPORT_FLOAT(sparse_bf16, SparseWeightPanels<BF16Words, float>)
+EXPORT_PREPARED_FLOAT(sparse_bf16, SparseWeightPanels<BF16Words, bf16>)
 EXPORT_FLOAT(sparse_int8_weights, SparseWeightPanels<SignedINT8Words, float>)
-EXPORT_INT(sparse_int8, SparseINT8Panels)
+EXPORT_PREPARED_INT(sparse_int8, SparseINT8Panels)
 
 template <class Format, class Source>
 void unpacked(int num_rows, const void* rows, int64_t row_stride, const Source& weight, int64_t k, float* panel,

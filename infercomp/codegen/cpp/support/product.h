@@ -19,7 +19,8 @@ struct Product {
     int64_t groups;  // sums that each row of integer activations has
 };
 
-// The format that multiplies rows which were widened to float beforehand; itself where nothing is to be widened.
+// The format that multiplies rows which were widened to float, or freed of their sign, beforehand; itself where nothing
+// is to be done.
 template <class Format, class = void>
 struct WidenedOf {
     using type = Format;
@@ -119,14 +120,20 @@ Stream product_stream(const Product& p, int64_t task, const uint8_t* panels) {
     return {panels + task * bytes, bytes};
 }
 
+inline void prepare(bf16 value, float& prepared) { prepared = to_float(value); }
+
+inline void prepare(int8_t value, uint8_t& prepared) { prepared = uint8_t(value + 128); }
+
 template <class From, class To>
 const To* prepared_rows(const From* rows, int64_t num_rows, const Product& p, int64_t& row_stride) {
     if constexpr (std::is_same_v<From, To>) {
         return rows;
     } else {
-        To* wide = static_cast<To*>(scratch<To>(num_rows * p.reduced * sizeof(To)));
+        // Copied, as bytes that are written might otherwise be these.
+        const int64_t stride = row_stride, reduced = p.reduced;
+        To* wide = static_cast<To*>(scratch<To>(num_rows * reduced * sizeof(To)));
         for (int64_t row = 0; row < num_rows; ++row) {
-            for (int64_t k = 0; k < p.reduced; ++k) wide[row * p.reduced + k] = to_float(rows[row * row_stride + k]);
+            for (int64_t k = 0; k < reduced; ++k) prepare(rows[row * stride + k], wide[row * reduced + k]);
         }
         row_stride = p.reduced;
         return wide;

@@ -27,10 +27,10 @@ INFERCOMP_INLINE native_f32 pick(const float* activations, native_u32 places) {
 #endif
 }
 
-// Byte i of each lane is the one of eight activations, less -128, that bits 8 i and 8 i + 1 name: of the first four for
-// i < 2, of the others else.
-INFERCOMP_INLINE native_u32 pick_bytes(const int8_t* activations, native_u32 places) {
-    const uint64_t group = load<uint64_t>(activations) ^ 0x8080808080808080u;
+// Byte i of each lane is the one of eight activations that bits 8 i and 8 i + 1 name: of the first four for i < 2, of the
+// others else.
+INFERCOMP_INLINE native_u32 pick_bytes(const uint8_t* activations, native_u32 places) {
+    const uint64_t group = load<uint64_t>(activations);
 #if defined(__AVX512BW__) || defined(__AVX2__)
     const native_u32 control = (places & 0x03030303u) | 0x04040000u;
 #if defined(__AVX512BW__)
@@ -125,16 +125,16 @@ struct SparseWeightPanels {
     }
 };
 
-// INT8 times INT8, exactly. Activations are taken less -128, to have no sign, and 128 · Σ values is taken off again.
-struct SparseINT8Panels {
-    using activation = int8_t;
+// INT8 times INT8, exactly. Activations are stored as activation + 128, so 128 · Σ values is taken off again.
+struct SparseUINT8Panels {
+    using activation = uint8_t;
     using accumulator = int32_t;
     static constexpr int MAX_ROWS = ROWS_IN_REGISTERS;
 
     static constexpr int64_t panel_bytes(int64_t k) { return sparse_panel_bytes(k, 1); }
 
     template <int ROWS>
-    __attribute__((noinline)) static void multiply(const int8_t* rows, int64_t row_stride, const void* panel, int64_t k,
+    __attribute__((noinline)) static void multiply(const uint8_t* rows, int64_t row_stride, const void* panel, int64_t k,
                                                    const int32_t*, int32_t (*tile)[PANEL]) {
         Sums<native_i32, ROWS> sums = {};
         native_i32 excess[PANEL_VECTORS] = {};
@@ -163,6 +163,11 @@ struct SparseINT8Panels {
         }
         store_tile<ROWS>(sums, tile);
     }
+};
+
+struct SparseINT8Panels : SparseUINT8Panels {
+    using activation = int8_t;
+    using Widened = SparseUINT8Panels;
 };
 
 }  // namespace infercomp
