@@ -1,11 +1,12 @@
 """Decoding SmolLM2 with 2:4 weights, compressed against dense: the same masked weights, the same type of value.
 
 All linears but the LM head lose the two of every four consecutive inputs that are smallest in magnitude; nothing is
-trained, as speed is what is asked. Both models are loaded side by side and their steps take turns, a few of the one and
-a few of the other, so that whatever else the machine does slows both; times are medians. Their logits must be the
-same bits. Bytes are those of the ledger (`infercomp bench`), for the whole step and for its 2:4 products.
+trained, as speed is what is asked. Both models are saved, where `--models` lacks them, and loaded side by side. Their
+steps take turns, a few of the one and a few of the other, so that whatever else the machine does slows both; times are
+medians. Their logits must be the same bits. Bytes are those of the ledger (`infercomp bench`), for the whole step and
+for the linears in it but the head.
 
-    python benchmarks/sparse_kernels.py --kind bf16 --output benchmarks/results/sparse_kernels.json
+    python benchmarks/sparse_kernels.py --kind bf16 --models FOLDER --output benchmarks/results/sparse_kernels.json
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from infercomp.loading.loader import load
 KINDS: dict[str, str | None] = {"bf16": None, "w8a16": "w8a16", "w8a8": "w8a8"}
 FORMS: dict[str, tuple[str, ...]] = {"dense": ("compress_weights",), "compressed": ()}
 BATCHES = (1, 8)
-PROMPT, CONTEXT, STEPS_AT_A_TIME, WARM_UP_STEPS, PREFILL_ROUNDS = 256, 32, 4, 4, 4
+PROMPT, CONTEXT, STEPS_AT_A_TIME, WARM_UP_STEPS, PREFILL_ROUNDS = 256, 32, 4, 4, 3
 # Bytes are counted, and only times need what the machine can do at best.
 NO_CEILINGS = {"bandwidth": 1.0, "operations_per_second": {"float32": 1.0}}
 
@@ -43,12 +44,19 @@ def masked(weight: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(groups).scatter(-1, kept, groups.gather(-1, kept)).flatten(1)
 
 
-def loaded(kind: str, form: str) -> LLM:
+def loaded(kind: str, form: str, folder: Path) -> LLM:
+    saved = folder / f"{kind}_{form}"
+    if not saved.exists():
+        save(kind, form, saved)
+    return LLM(saved, num_blocks=256)
+
+
+def save(kind: str, form: str, saved: Path) -> None:
     model = load(demo_model_path(), dtype=torch.bfloat16)
     for name, module in model.model.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
             module.weight.data = masked(module.weight.data)
-    return LLM(model.model, model.tokenizer, quantization=KINDS[kind], disable=FORMS[form], num_blocks=256)
+    LLM(model.model, model.tokenizer, quantization=KINDS[kind], disable=FORMS[form]).save(saved)
 
 
 def draw_prompts(count: int, length: int) -> list[list[int]]:
@@ -99,7 +107,7 @@ def summary(seconds: dict[str, list[float]], **facts: Any) -> dict[str, Any]:
 
 
 def bytes_a_token(llm: LLM) -> dict[str, float]:
-    """What a step of one sequence moves, and what its products of one layer's linears do."""
+    """What a step of one sequence moves, and what its linears but the head do."""
     ledger = decode_ledger(llm, draw_prompts(1, CONTEXT), 4, NO_CEILINGS)
     vocab_size = llm._served.form.vocab_size
     products = [row for row in ledger["rows"] if row["label"].startswith("matmul")]
@@ -107,11 +115,11 @@ def bytes_a_token(llm: LLM) -> dict[str, float]:
     return {"step": ledger["num_bytes"], "linears_but_the_head": sum(in_layers)}
 
 
-def measured(kind: str, num_rounds: int) -> dict[str, Any]:
-    models = {form: loaded(kind, form) for form in FORMS}
+def measured(kind: str, num_rounds: int, folder: Path) -> dict[str, Any]:
+    models = {form: loaded(kind, form, folder) for form in FORMS}
     record = next(each for each in models["compressed"].report.passes if each.name == "compress_weights")
     assert record.matches and not record.near_misses
-    (prompt,) = draw_prompts(1, PROMPT)
+    (prompt,) = draw_prompts(1, CONTEXT)
     logits = [llm.logits(prompt) for llm in models.values()]
     assert torch.equal(*logits), "the forms compute different bits"
     return {
@@ -128,12 +136,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", choices=KINDS, required=True)
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--models", type=Path, required=True, help="folder of the saved models, made where missing")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     output: Path | None = arguments.output
     found = json.loads(output.read_text()) if output is not None and output.exists() else {"schema": 1, "models": {}}
     run = describe_run(["python", *sys.argv])
-    found["models"][arguments.kind] = {"run": run, **measured(arguments.kind, arguments.rounds)}
+    found["models"][arguments.kind] = {"run": run, **measured(arguments.kind, arguments.rounds, arguments.models)}
     text = json.dumps(found, indent=2) + "\n"
     print(text, end="")
     if output is not None:

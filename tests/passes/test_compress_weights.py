@@ -16,6 +16,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import infercomp
+from infercomp.account import size_of
 from infercomp.codegen import sparse_panels
 from infercomp.codegen.config import CodegenConfig
 from infercomp.codegen.lower import lower
@@ -217,6 +218,8 @@ def test_a_masked_model_is_served_and_saved(quantization: str | None, tmp_path: 
     assert llm.report.ops[f"infercomp.{op}"] == "cpp"
     record = next(each for each in llm.report.passes if each.name == "compress_weights")
     assert record.matches == 2 * 4 and not record.near_misses
+    if quantization is None:  # 8 bits of bfloat16 values and one of places
+        assert size_of(llm._served).bits_per_weight == 9.0
     logits = llm.logits(TOKENS)
     dense = infercomp.LLM(tmp_path / "masked", codegen="reference", disable=("compress_weights",), **options)
     assert float((logits - dense.logits(TOKENS)).abs().max()) < 0.02 * float(logits.abs().max())
