@@ -46,7 +46,8 @@ def errors_of_rounding(
         inputs = on_8_bits(tokens / scale)
         for matrix, output in zip(matrices, outputs, strict=True):
             rounded = F.linear(inputs, on_8_bits(matrix * scale))
-            errors[key] += float((rounded - output).square().sum() / output.square().sum())
+            changed, whole = ((rounded - output).square().sum(-1), output.square().sum(-1))
+            errors[key] += float((changed / whole.clamp(min=1e-30)).mean())
     return errors
 
 
