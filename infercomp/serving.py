@@ -23,6 +23,7 @@ from .loading.stored_linears import StoredLinear
 from .passes.compress_weights import SPARSE_VALUES
 from .passes.grouped_query import GroupedQuery
 from .passes.quantize_linears import ZERO_VALUE
+from .passes.sparsify_linears import CHANNEL_ORDER
 from .runtime.kv_pools import KvCacheSpec
 from .served_linears import linears_of
 from .served_model import ServedForm
@@ -135,6 +136,7 @@ def compile_for_serving(
     # What smoothing has put behind a norm is none of the model's own tensors, nor is what a weight is compressed to.
     has_factors = any(name.endswith("_smoothing") for name in captured.weights)
     has_factors |= any(name.endswith((SPARSE_VALUES, ZERO_VALUE)) for name in names.values())
+    has_factors |= any(name.endswith(CHANNEL_ORDER) for name in captured.weights)
     specs = _cache_specs(captured)
     has_factors |= heads is not None and any(spec.num_kv_heads != heads.groups for spec in specs)
     form = ServedForm(

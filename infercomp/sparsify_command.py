@@ -17,7 +17,7 @@ EPILOG = """[bold]Examples[/]
 
 infercomp sparsify ./my-model -o my-model-24 --pattern 2:4 --eval text.txt
 
-infercomp sparsify demo -o smol-24 --pattern 2:4 --score sparsegpt --calibration text.txt --eval other.txt
+infercomp sparsify demo -o smol-24 --pattern 2:4 --score sparsegpt --permute --calibration text.txt --eval other.txt
 
 infercomp sparsify demo -o smol-24-int8 --score wanda --calibration text.txt --option quantization=w8a8"""
 
@@ -31,6 +31,9 @@ def sparsify(
     score: Annotated[
         str, typer.Option(metavar="NAME", help="Which are kept: by magnitude, wanda or sparsegpt.")
     ] = "magnitude",
+    permute: Annotated[
+        bool, typer.Option("--permute", help="Search for the order of channels that keeps most.")
+    ] = False,
     tail: Annotated[
         str, typer.Option(metavar="NAME", help="Layers whose channels M does not divide: refuse or pad.")
     ] = "refuse",
@@ -55,6 +58,9 @@ def sparsify(
     with errors_shown(debug):
         from infercomp.passes.n_m_sparsity import nm_of
 
-        options = {**checked_options(option), "sparsity": replace(nm_of(pattern), score=score, tail=tail)}
+        options = {
+            **checked_options(option),
+            "sparsity": replace(nm_of(pattern), score=score, permute=permute, tail=tail),
+        }
         texts = Texts(calibration, calibration_folder, evaluation)
         make_and_measure(model, out, dtype, options, texts, eval_tokens, speed, json_file, plot)

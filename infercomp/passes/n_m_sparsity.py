@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from infercomp.runtime.config import LARGEST_COUNT, describe, require_int, require_number
 from infercomp.runtime.errors import ConfigError
 
+from .permutation_search import METHODS, PermutationSearch
+
 SCORES = ("magnitude", "wanda", "sparsegpt")
 LARGEST_GROUP = 16
 _PATTERN = re.compile(r"(\d{1,2}):(\d{1,2})")
@@ -31,6 +33,13 @@ class NM:
     (Sun et al. 2023); with "sparsegpt" those whose loss costs the outputs most, and the others of a row make up for it
     (Frantar & Alistarh 2023). The last two need calibration data."""
 
+    permute: bool | str = False
+    """Whether input channels are put into the order that keeps most, those of layers that read the same input into one
+    order (Pool & Yu 2021): the method of a `PermutationSearch`, or True for "regressions"."""
+
+    num_regressions: int = 2
+    """Local optima that the search leaves by random swaps."""
+
     tail: str = "refuse"
     """A layer whose input channels M does not divide: "refuse" it, or "pad" its last group with zeros that are none of
     its own."""
@@ -48,6 +57,12 @@ class NM:
             raise ConfigError(f"score must be one of {', '.join(SCORES)}, not {describe(self.score)}", field="score")
         if self.tail not in ("refuse", "pad"):
             raise ConfigError(f"tail must be refuse or pad, not {describe(self.tail)}", field="tail")
+        if not isinstance(self.permute, bool) and self.permute not in METHODS:
+            what = f"permute must be True, False or one of {', '.join(METHODS)}, not {describe(self.permute)}"
+            raise ConfigError(what, field="permute")
+        require_int(self.num_regressions, "num_regressions", 0, LARGEST_COUNT)
+        if self.permute and self.tail == "pad":
+            raise ConfigError("channels are put in order only where M divides them: tail must be refuse", field="tail")
         require_number(self.damp, "damp", "above 0", low=0)
         require_int(self.block_size, "block_size", 1, LARGEST_COUNT)
 
@@ -55,6 +70,14 @@ class NM:
     def needs_calibration(self) -> bool:
         """Whether samples of text are needed."""
         return self.score != "magnitude"
+
+    @property
+    def search(self) -> PermutationSearch | None:
+        """How the order of channels is searched, or None where they stay."""
+        if not self.permute:
+            return None
+        method = "regressions" if self.permute is True else str(self.permute)
+        return PermutationSearch(method, self.num_regressions)
 
     def to_json(self) -> str:
         """Canonical JSON, which ``nm_of`` takes."""

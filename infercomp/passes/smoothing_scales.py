@@ -37,7 +37,8 @@ def errors_of_rounding(
 ) -> dict[float, float]:
     """For each of several ``scales`` [K], what 8 bits change in linears of these tokens [T, K] and weights [N, K].
 
-    Squares of the outputs' errors as parts of the outputs' squares, summed over the linears.
+    Squares of the outputs' errors as parts of the outputs' squares: the mean over tokens, so that the few with the
+    largest outputs do not decide alone, summed over the linears.
     """
     matrices = [weight.float() for weight in weights]
     outputs = [F.linear(tokens, matrix) for matrix in matrices]

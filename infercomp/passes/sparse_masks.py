@@ -25,13 +25,17 @@ def n_m_mask(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
     return kept.flatten(1)[:, :num_channels]
 
 
+def scores_of(weight: torch.Tensor, second_moment: torch.Tensor | None, sparsity: NM) -> torch.Tensor:
+    """|w| [N, K], float32, or, for all scores but the magnitude, |w| ||x|| with the mean of x xᵀ over tokens [K, K]."""
+    if sparsity.score == "magnitude":
+        return weight.float().abs()
+    assert second_moment is not None
+    return weight.float().abs() * second_moment.diagonal().float().sqrt()
+
+
 def masked(weight: torch.Tensor, second_moment: torch.Tensor | None, sparsity: NM) -> torch.Tensor:
-    """``weight`` [N, K] with zeros where the score is low; Wanda's needs the mean of x xᵀ over tokens [K, K]."""
-    scores = weight.float().abs()
-    if sparsity.score == "wanda":
-        assert second_moment is not None
-        scores = scores * second_moment.diagonal().float().sqrt()
-    return torch.where(n_m_mask(scores, sparsity.n, sparsity.m), weight, 0)
+    """``weight`` [N, K] with zeros where the score is low."""
+    return torch.where(n_m_mask(scores_of(weight, second_moment, sparsity), sparsity.n, sparsity.m), weight, 0)
 
 
 def sparsegpt(weight: torch.Tensor, second_moment: torch.Tensor, sparsity: NM) -> torch.Tensor:

@@ -2,27 +2,36 @@
 
     y = linear(x, w)    ->    y = linear(x, w')        w' = mask * w, or what SparseGPT makes of the kept ones
 
+    y = linear(x, w)    ->    y = linear(x[order], mask * w[:, order])                with ``permute``
+
 Does nothing unless the option ``sparsity`` says which are kept: ``NM(2, 4, score="wanda")``. The LM head stays dense.
-It comes before weights are smoothed and rounded: a grid with a code for zero keeps zeros as they are. It needs weights
-that the graph owns (``frozen``). Layers are taken in the graph's order, and each sees what those before it have become.
+With ``permute`` the order of input channels is searched that keeps most, one for all linears of one input, which is
+gathered in it. The pass comes before weights are smoothed and rounded: a grid with a code for zero keeps zeros as they
+are. It needs weights that the graph owns (``frozen``). Layers are taken in the graph's order, and each sees what those
+before it have become.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import fx
 
-from ..codegen.model_graph import ModelGraph
+from ..codegen.model_graph import ModelGraph, aten, value_of
 from ..runtime.errors import ConfigError
 from .calibration import Tensors, observe, second_moment
 from .graph_pass import LOSSY, Pass, PassContext
 from .linear_recipes import GOBO, W8A16, Recipe
 from .n_m_sparsity import NM
+from .permutation_search import permutation_search
 from .quantizable_linears import QuantizableLinears, parameters_of
 from .rounding import GPTQ
-from .sparse_masks import masked, sparsegpt
+from .sparse_masks import masked, scores_of, sparsegpt
+
+CHANNEL_ORDER = "_channel_order"
+"""What is put behind the name of a linear's input for the order in which its channels are read."""
+_ORDER = "order"
 
 
 def run(model_graph: ModelGraph, context: PassContext) -> None:
@@ -43,31 +52,81 @@ def run(model_graph: ModelGraph, context: PassContext) -> None:
             site.replaced[node.name] = node.name
             readers.setdefault(node.args[0], []).append(node)  # type: ignore[arg-type]
 
-    def sparse(node: fx.Node, moment: torch.Tensor | None) -> torch.Tensor:
-        weight, _, is_transposed = parameters_of(node)
-        tensor = model_graph.weights[weight.name].detach()
-        rows = tensor.t() if is_transposed else tensor
-        if sparsity.score == "sparsegpt":
-            assert moment is not None
-            found = sparsegpt(rows, moment, sparsity)
-        else:
-            found = masked(rows, moment, sparsity)
-        return (found.t() if is_transposed else found).contiguous()
-
+    sparsifier = _Sparsifier(model_graph, sparsity)
     if context.calibration is None or not sparsity.needs_calibration:
-        for node in (node for nodes in readers.values() for node in nodes):
-            model_graph.weights[parameters_of(node)[0].name] = sparse(node, None)
-        return
+        for source, nodes in readers.items():
+            sparsifier.take(source, sparsifier.pruned(nodes, None))
+    else:
+        layers = {source: linears.names[nodes[0]][0][0] for source, nodes in readers.items()}
+        observe(
+            model_graph,
+            context.calibration,
+            layers,
+            f"sparsify_linears {sparsity.to_json()}",
+            lambda source, values: sparsifier.pruned(readers[source], second_moment(values)),
+            sparsifier.take,
+        )
+    sparsifier.permute(readers)
 
-    def measure(source: fx.Node, values: Sequence[torch.Tensor]) -> Tensors:
-        moment = second_moment(values)
-        return {parameters_of(node)[0].name: sparse(node, moment) for node in readers[source]}
 
-    def visit(_: fx.Node, found: Tensors) -> None:
-        model_graph.weights |= found
+class _Sparsifier:
+    """Makes the weights of one graph's linears sparse, and then puts channels into the order in which they are N:M."""
 
-    layers = {source: linears.names[nodes[0]][0][0] for source, nodes in readers.items()}
-    observe(model_graph, context.calibration, layers, f"sparsify_linears {sparsity.to_json()}", measure, visit)
+    def __init__(self, model_graph: ModelGraph, sparsity: NM) -> None:
+        self._model_graph = model_graph
+        self._sparsity = sparsity
+        self._orders: dict[fx.Node, torch.Tensor] = {}
+
+    def pruned(self, readers: Sequence[fx.Node], moment: torch.Tensor | None) -> Tensors:
+        """The sparse weights of linears that read one input, channels where they were, and the order, if any."""
+        rows = {node: self._rows(node) for node in readers}
+        order = torch.arange(rows[readers[0]].shape[1])
+        if self._sparsity.search is not None:
+            scores = torch.cat([scores_of(each, moment, self._sparsity) for each in rows.values()])
+            order = permutation_search(scores, (self._sparsity.n, self._sparsity.m), self._sparsity.search)
+        found: dict[str, torch.Tensor] = {_ORDER: order}
+        for node, weight in rows.items():
+            of_order = None if moment is None else moment[order][:, order]
+            prune = sparsegpt if self._sparsity.score == "sparsegpt" else masked
+            sparse = prune(weight[:, order], of_order, self._sparsity)[:, order.argsort()]  # type: ignore[operator]
+            name, is_transposed = _weight_of(node)
+            found[name] = (sparse.t() if is_transposed else sparse).contiguous()
+        return found
+
+    def take(self, source: fx.Node, found: Tensors) -> None:
+        self._orders[source] = found[_ORDER]
+        self._model_graph.weights |= {name: each for name, each in found.items() if name != _ORDER}
+
+    def permute(self, readers: Mapping[fx.Node, Sequence[fx.Node]]) -> None:
+        """Where an order was searched, linears read their input in it, and their weights' channels are in it."""
+        if self._sparsity.search is None:
+            return
+        for source, nodes in readers.items():
+            order = self._orders[source]
+            with self._model_graph.inserting_before(min(nodes)) as emit:
+                dim, constant = value_of(source).dim() - 1, self._constant(f"{source.name}{CHANNEL_ORDER}", order)
+                permuted = emit(aten.index_select.default, source, dim, constant)
+            for node in nodes:
+                name, is_transposed = _weight_of(node)
+                weight = self._model_graph.weights[name]
+                self._model_graph.weights[name] = weight.index_select(0 if is_transposed else 1, order)
+                node.replace_input_with(source, permuted)
+
+    def _rows(self, node: fx.Node) -> torch.Tensor:
+        name, is_transposed = _weight_of(node)
+        tensor = self._model_graph.weights[name].detach()
+        return tensor.t() if is_transposed else tensor
+
+    def _constant(self, name: str, tensor: torch.Tensor) -> fx.Node:
+        with self._model_graph.fake_mode:
+            fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        return self._model_graph.add_placeholder(name, fake, weight=tensor)
+
+
+def _weight_of(node: fx.Node) -> tuple[str, bool]:
+    """The name of a linear's weight, and whether it lies [K, N]."""
+    weight, _, is_transposed = parameters_of(node)
+    return weight.name, is_transposed
 
 
 def _check(model_graph: ModelGraph, context: PassContext, sparsity: NM) -> None:

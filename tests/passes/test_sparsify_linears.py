@@ -13,11 +13,12 @@ from small_llm import byte_model, byte_tokenizer
 
 import infercomp
 from infercomp import GOBO, GPTQ, LLM, NM, W3A16, W4A16, W8A8, ConfigError
-from infercomp.codegen.model_graph import ModelGraph
+from infercomp.codegen.model_graph import ModelGraph, aten
+from infercomp.codegen.ops import linear
 from infercomp.codegen.ops.group_codes import unpacked_codes
 from infercomp.config import parse_options
 from infercomp.passes import sparse_masks
-from infercomp.passes.calibration import Calibration
+from infercomp.passes.calibration import Calibration, stream
 from infercomp.passes.config import PassConfig
 from infercomp.passes.linear_recipes import LinearRecipe
 from infercomp.passes.n_m_sparsity import nm_of
@@ -108,9 +109,9 @@ def test_inputs_that_depend_on_each_other_are_named() -> None:
 
 
 def sparse(
-    sparsity: Any, calibration: Calibration | None = CALIBRATION, **options: Any
+    sparsity: Any, calibration: Calibration | None = CALIBRATION, in_float64: bool = False, **options: Any
 ) -> tuple[ModelGraph, PassRecord]:
-    model = byte_model()
+    model = byte_model().double() if in_float64 else byte_model()
     model_graph, _ = capture_for_serving(model, position_limit(model))
     config = PassConfig(sparsity=sparsity, **options)
     records = run_pipeline(model_graph, config, pipeline=THROUGH, calibration=calibration)
@@ -131,6 +132,37 @@ def test_all_linears_but_the_head(score: str) -> None:
     assert [miss.reason for miss in record.near_misses] == ["it is the LM head, which stays dense"]
 
 
+def outputs(model_graph: ModelGraph) -> torch.Tensor:
+    seen: list[torch.Tensor] = []
+    (logits,) = model_graph.output_node().args[0]
+    stream(model_graph, CALIBRATION.samples[:1], {logits: lambda values: seen.extend(values)})
+    return seen[0]
+
+
+@pytest.mark.parametrize("score", ["magnitude", "wanda", "sparsegpt"])
+def test_channels_in_another_order_keep_more(score: str) -> None:
+    plain, _ = sparse(NM(2, 4, score))
+    model_graph, _ = sparse(NM(2, 4, score, permute=True))
+    weights = of_layers(model_graph)
+    assert all((counts(each, 4) == 2).all() for each in weights.values())
+    readers = {node.args[0] for node in model_graph.calls(linear.overload)}
+    gathers = [node for node in readers if node.target == aten.index_select.default]
+    assert len(gathers) == 4 * 2 and len(readers) == len(gathers) + 1
+    if score == "magnitude":
+        kept = [sum(float(each.abs().sum()) for each in of_layers(graph).values()) for graph in (plain, model_graph)]
+        assert kept[1] > 1.01 * kept[0]
+
+
+def test_an_order_alone_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All weights kept: what is left is the order, an identity in float64; planted: weights in no such order."""
+    monkeypatch.setattr(sparse_masks, "n_m_mask", lambda scores, n, m: torch.ones_like(scores, dtype=torch.bool))
+    dense, permuted = (outputs(sparse(each, in_float64=True)[0]) for each in (None, NM(2, 4, permute="greedy")))
+    assert (dense - permuted).abs().max() <= 1e-9 * dense.abs().max()
+    monkeypatch.setattr(torch.Tensor, "index_select", lambda tensor, *_: tensor)
+    wrong = outputs(sparse(NM(2, 4, permute="greedy"), in_float64=True)[0])
+    assert (dense - wrong).abs().max() > 1e-3 * dense.abs().max()
+
+
 def test_one_layer_can_be_left_out() -> None:
     dense, _ = sparse(None)
     model_graph, record = sparse("2:4", calibration=None, disable=("sparsify_linears#1",))
@@ -142,7 +174,7 @@ def test_one_layer_can_be_left_out() -> None:
 def test_zeros_stay_zeros_in_integers(recipe: LinearRecipe) -> None:
     model = byte_model()
     model_graph, _ = capture_for_serving(model, position_limit(model))
-    run_pipeline(model_graph, PassConfig(sparsity="2:4", quantization=recipe))
+    run_pipeline(model_graph, PassConfig(sparsity="2:4", quantization=recipe, disable=("compress_weights",)))
     codes = {name: each for name, each in model_graph.weights.items() if "_int" in name and "layers" in name}
     assert len(codes) == 14
     for name, each in codes.items():
@@ -187,6 +219,8 @@ def test_it_is_served_saved_and_composed_with_integers(tmp_path: Path) -> None:
         ({"sparsity": '{"n": 2, "m": 4, "score": "random"}'}, "score"),
         ({"sparsity": '{"n": 2, "m": 4, "tail": "drop"}'}, "tail"),
         ({"sparsity": '{"n": 2, "m": 4, "damp": 0}'}, "damp"),
+        ({"sparsity": '{"n": 2, "m": 4, "permute": "shuffle"}'}, "permute"),
+        ({"sparsity": '{"n": 2, "m": 4, "permute": true, "tail": "pad"}'}, "tail"),
     ],
 )
 def test_a_field_out_of_range_is_named(options: dict[str, Any], field: str) -> None:
