@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .sparse_weights import kept_channels, packed_channels
-from .weight_panels import PANEL, SPARSE_BLOCK, SPARSE_STEP, PanelFormat
+from .weight_panels import PANEL, PANELS_AT_ONCE, SPARSE_BLOCK, SPARSE_STEP, PanelFormat
 
 _STEPS = SPARSE_BLOCK // SPARSE_STEP
 _VALUES = SPARSE_STEP // 2
@@ -25,19 +26,27 @@ def pack_sparse_panels(values: Tensor, indices: Tensor, panel_format: PanelForma
     dtype = _DTYPES[panel_format.bits]
     if values.dtype != dtype:
         raise ValueError(f"{panel_format.name} panels hold {dtype}, not {values.dtype}")
-    num_inputs = 2 * values.shape[1]
-    blocks = -(-num_inputs // SPARSE_BLOCK)
-    rows, present = row_order.clamp(min=0), (row_order >= 0)[:, None]
-    lanes = torch.where(present, values[rows], torch.zeros((), dtype=dtype)).view(torch.uint8)
-    places = torch.where(present, kept_channels(indices)[rows], 0)
-    room = blocks * SPARSE_BLOCK // 2 - values.shape[1]
-    lanes = torch.nn.functional.pad(lanes, (0, room * dtype.itemsize)).view(
-        -1, PANEL, blocks, _VALUES * dtype.itemsize, 4
-    )
-    places = torch.nn.functional.pad(places, (0, room)).view(-1, PANEL, blocks, _STEPS, _VALUES)
+    num_bytes = panel_format.panel_bytes(2 * values.shape[1])
+    panels = torch.empty(row_order.numel() // PANEL, num_bytes, dtype=torch.uint8)
+    chunk_lanes = PANELS_AT_ONCE * PANEL
+    for chunk, order in zip(panels.split(PANELS_AT_ONCE), row_order.split(chunk_lanes), strict=True):
+        rows, is_absent = order.clamp(min=0), order < 0
+        lanes, places = values.index_select(0, rows), kept_channels(indices.index_select(0, rows))
+        lanes[is_absent], places[is_absent] = 0, 0
+        chunk.copy_(_blocks(lanes, places)[:, :num_bytes])
+    return panels
+
+
+def _blocks(lanes: Tensor, places: Tensor) -> Tensor:
+    """Panels of whole blocks, uint8 [P, bytes], of the values [P * 32, K/2] of their lanes and the places of these."""
+    size, num_values = lanes.dtype.itemsize, lanes.shape[1]
+    blocks = -(-2 * num_values // SPARSE_BLOCK)
+    room = blocks * SPARSE_BLOCK // 2 - num_values
+    lanes = pad(lanes.view(torch.uint8), (0, room * size)).view(-1, PANEL, blocks, _VALUES * size, 4)
+    places = pad(places, (0, room)).view(-1, PANEL, blocks, _STEPS, _VALUES)
     words = sum(places[:, :, :, step] << 2 * step for step in range(_STEPS))
     parts = (words.transpose(1, 2).flatten(2), lanes.permute(0, 2, 3, 1, 4).flatten(2))
-    return torch.cat(parts, 2).flatten(1)[:, : panel_format.panel_bytes(num_inputs)].contiguous()
+    return torch.cat(parts, 2).flatten(1)
 
 
 def unpack_sparse_panels(
@@ -47,7 +56,7 @@ def unpack_sparse_panels(
     dtype, present = _DTYPES[panel_format.bits], row_order >= 0
     blocks = -(-2 * num_values // SPARSE_BLOCK)
     block_bytes = _INDEX_BYTES + _STEPS * panel_format.step_bytes
-    whole = torch.nn.functional.pad(panels, (0, blocks * block_bytes - panels.shape[1])).view(-1, blocks, block_bytes)
+    whole = pad(panels, (0, blocks * block_bytes - panels.shape[1])).view(-1, blocks, block_bytes)
     words = whole[..., :_INDEX_BYTES].unflatten(2, (PANEL, _VALUES)).transpose(1, 2)
     places = torch.stack([words >> 2 * step & 3 for step in range(_STEPS)], 3).flatten(2).flatten(0, 1)
     lanes = whole[..., _INDEX_BYTES:].unflatten(2, (-1, PANEL, 4)).permute(0, 3, 1, 2, 4).flatten(2).flatten(0, 1)
