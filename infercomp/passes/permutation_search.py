@@ -75,9 +75,9 @@ def permutation_search(
 ) -> torch.Tensor:
     """The order, int64 [columns], in which ``scores[:, order]`` keeps the most found under ``pattern`` = (n, m).
 
-    ``scores`` [rows, columns] are finite and not negative. ``progress`` is told of each regression. Two tables are held
-    in float64: the scores, and [columns, columns]. Raises ValueError where n and m are out of range, where m does not
-    divide the columns, and for scores of another shape or below zero.
+    ``scores`` [rows, columns] are finite and not negative. The search runs on the CPU, in float64, and holds the scores
+    and a table [columns, columns]; ``progress`` is told of each regression. Raises ValueError where n and m are out of
+    range, where m does not divide the columns, and for scores of another shape, below zero or not finite.
     """
     pattern = _checked(scores, pattern)
     stripes = Stripes.of(scores, pattern)
@@ -117,7 +117,7 @@ class Stripes:
     def of(scores: torch.Tensor, pattern: NMPattern) -> Stripes:
         num_columns = scores.shape[1]
         num_stripes = num_columns // pattern.m
-        columns = scores.t().to(torch.float64, copy=True, memory_format=torch.contiguous_format)
+        columns = scores.detach().t().to("cpu", torch.float64, copy=True, memory_format=torch.contiguous_format)
         kept, gains = columns.new_empty(num_stripes), columns.new_empty(num_columns, num_columns)
         shared = torch.zeros(num_stripes, num_stripes, dtype=torch.bool)
         stripes = Stripes(torch.arange(num_columns), columns, kept, gains, shared, pattern)

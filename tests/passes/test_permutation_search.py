@@ -217,9 +217,9 @@ def test_wide_stripes_gain(pattern: tuple[int, int]) -> None:
 
 
 def test_scores_stay_as_they_are_and_order_is_that_of_their_columns() -> None:
-    """Two columns that are never small at the same time are put into one stripe, and the input is not written to."""
-    scores = torch.tensor([[9.0, 9.0, 1.0, 1.0], [9.0, 9.0, 1.0, 1.0]], dtype=torch.float64)
-    before = scores.clone()
+    """A large and a small column share each stripe; the scores, here a parameter, are not written to."""
+    scores = torch.nn.Parameter(torch.tensor([[9.0, 9.0, 1.0, 1.0], [9.0, 9.0, 1.0, 1.0]], dtype=torch.float64))
+    before = scores.detach().clone()
     order = permutation_search(scores, (1, 2), searched("greedy"))
     assert {frozenset(each) for each in order.unflatten(0, (2, 2)).tolist()} in (
         {frozenset((0, 2)), frozenset((1, 3))},
