@@ -114,7 +114,7 @@ def test_convert_attention_saves_a_model_and_says_what_it_cost(folder: Path) -> 
     [
         (("--kv-heads", "1", "--merge", "median"), ("merge must be one of mean, first, random, aligned",)),
         (("--kv-heads", "0"), ("groups must be an integer from 1",)),
-        (("--kv-heads", "1", "--merge", "aligned"), ("aligned heads needs calibration data",)),
+        (("--kv-heads", "1", "--merge", "aligned"), ("the option kv_heads needs calibration data",)),
         (("--kv-heads", "1", "--calibration", "text.txt"), ("calibration data",)),
     ],
 )

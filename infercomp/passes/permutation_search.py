@@ -12,13 +12,16 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from ..runtime.config import LARGEST_COUNT, describe, require_int
 from ..runtime.errors import ConfigError
-from .calibration import Progress
+
+if TYPE_CHECKING:
+    # Options name a search, and a saved model is loaded without the compiler.
+    from .calibration import Progress
 
 METHODS = ("greedy", "regressions", "deep")
 _LARGEST_M = 16

@@ -195,7 +195,6 @@ def _layer_recipes(value: Mapping[str, Any]) -> LayerRecipes:
 
 # What a name stands for: `w4a8-g32-sym` is `W4A8(group_size=32, symmetric=True)`.
 RECIPES: dict[str, Recipe] = {
-    "stored": Stored(),
     "w8a8": W8A8(),
     # Token-wise activations and group-wise weights (ZeroQuant, Yao et al. 2022), a row of the weight being a group.
     "zeroquant": W8A8(),
@@ -224,4 +223,5 @@ RECIPES: dict[str, Recipe] = {
         for name, made in (("w4a16", W4A16), ("w3a16", W3A16))
         for group_size, suffix in ((128, ""), (32, "-g32"), (64, "-g64"))
     },
+    "stored": Stored(),
 }

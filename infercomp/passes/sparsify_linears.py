@@ -13,6 +13,7 @@ before it have become.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -21,7 +22,7 @@ from torch import fx
 from ..codegen.model_graph import ModelGraph, aten, value_of
 from ..runtime.errors import ConfigError
 from .calibration import Tensors, observe, second_moment
-from .graph_pass import LOSSY, Pass, PassContext
+from .graph_pass import NumericClass, Pass, PassContext
 from .linear_recipes import GOBO, W8A16, Recipe
 from .n_m_sparsity import NM
 from .permutation_search import permutation_search
@@ -29,6 +30,8 @@ from .quantizable_linears import QuantizableLinears, parameters_of
 from .rounding import GPTQ
 from .sparse_masks import masked, scores_of, sparsegpt
 
+# What the model computes is another function: its distance is for the report.
+SPARSIFICATION = NumericClass("lossy", math.inf)
 CHANNEL_ORDER = "_channel_order"
 """What is put behind the name of a linear's input for the order in which its channels are read."""
 _ORDER = "order"
@@ -156,4 +159,4 @@ def _check_channels(model_graph: ModelGraph, node: fx.Node, layer: str, sparsity
         raise ConfigError(what, remedy='choose another pattern, or NM(..., tail="pad")', field="m")
 
 
-SPARSIFY_LINEARS = Pass("sparsify_linears", run, LOSSY, after=("recognize_linear", "convert_attention"))
+SPARSIFY_LINEARS = Pass("sparsify_linears", run, SPARSIFICATION, after=("recognize_linear", "convert_attention"))

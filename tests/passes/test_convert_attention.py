@@ -336,7 +336,7 @@ def test_saved_floats_are_a_checkpoint_of_transformers(tmp_path: Any) -> None:
 
 
 def test_calibration_is_asked_for_where_it_is_needed_and_nowhere_else() -> None:
-    with pytest.raises(ConfigError, match="aligned heads needs calibration data") as caught:
+    with pytest.raises(ConfigError, match="the option kv_heads needs calibration data") as caught:
         LLM(byte_model(), byte_tokenizer(), kv_heads=GroupedQuery(1, "aligned"))
     assert caught.value.field == "calibration"
     with pytest.raises(ConfigError, match="calibration data") as caught:

@@ -66,16 +66,16 @@ def assert_codes_are_right(seed: int, recipe: LinearRecipe, method: GPTQ) -> Non
 
 
 FACTOR = gptq.factor_of_inverse
-BUGS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
-    "damping forgotten": lambda hessian, damp: FACTOR(hessian, 1e-12),
-    "the other factor": lambda hessian, damp: FACTOR(hessian, damp).t().flip(0, 1),
-    "errors kept to themselves": lambda hessian, damp: torch.eye(len(hessian), dtype=hessian.dtype),
+BUGS: dict[str, Callable[[torch.Tensor, float, str], torch.Tensor]] = {
+    "damping forgotten": lambda hessian, damp, name: FACTOR(hessian, 1e-12, name),
+    "the other factor": lambda hessian, damp, name: FACTOR(hessian, damp, name).t().flip(0, 1),
+    "errors kept to themselves": lambda hessian, damp, name: torch.eye(len(hessian), dtype=hessian.dtype),
 }
 
 
 @pytest.mark.parametrize("bug", BUGS.values(), ids=BUGS)
 def test_a_planted_bug_is_caught(
-    bug: Callable[[torch.Tensor, float], torch.Tensor], monkeypatch: pytest.MonkeyPatch
+    bug: Callable[[torch.Tensor, float, str], torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gptq, "factor_of_inverse", bug)
     with pytest.raises(AssertionError):

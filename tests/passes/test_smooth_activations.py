@@ -220,7 +220,8 @@ def test_a_search_takes_the_alpha_that_moves_outputs_least() -> None:
             for name in (name for name, source in rows.items() if source is node):
                 inputs, weight = on_8_bits(tokens), on_8_bits(model_graph.weights[name])
                 whole = tokens @ model_graph.weights[name].t()
-                found[name] = float((inputs @ weight.t() - whole).square().sum() / whole.square().sum())
+                moved = (inputs @ weight.t() - whole).square().sum(-1) / whole.square().sum(-1)
+                found[name] = float(moved.mean())
 
         found: dict[str, float] = {}
         # What is folded into rows of a weight changes how much they count among its outputs.

@@ -9,21 +9,21 @@ namespace infercomp {
 // nodes: sparse_weight_linear_default
 // operands: b0 = rows, b1 = packed p_weight_sparse_values, b2 = sparse_weight_linear_default
 // cpp/golden_models.py:134 in forward: return nn.functional.linear(rows, self.weight)
-static Product matmul_3ae9ea624f4d_product(const int64_t* sizes) {
+static Product matmul_fb23ffd613ac_product(const int64_t* sizes) {
     return {6, divide_up(48, 32), 64, 64, 1};
 }
 
-static int64_t matmul_3ae9ea624f4d_tasks(void* const*, const int64_t* sizes) {
-    return num_product_tasks<SparseWeightPanels<FloatWords, float>, Panels>(matmul_3ae9ea624f4d_product(sizes));
+static int64_t matmul_fb23ffd613ac_tasks(void* const*, const int64_t* sizes) {
+    return num_product_tasks<SparseWeightPanels<FloatWords, float>, Panels>(matmul_fb23ffd613ac_product(sizes));
 }
 
-static void matmul_3ae9ea624f4d(void* const* operands, const int64_t* sizes, int64_t task, Errors&) {
+static void matmul_fb23ffd613ac(void* const* operands, const int64_t* sizes, int64_t task, Errors&) {
     const float* b0 = static_cast<const float*>(operands[0]);
     const uint8_t* b1 = static_cast<const uint8_t*>(operands[1]);
     float* b2 = static_cast<float*>(operands[2]);
     const Panels weights{b1};
     const auto* left = b0 + 0;
-    run_product_task<SparseWeightPanels<FloatWords, float>>(matmul_3ae9ea624f4d_product(sizes), task, left, nullptr, weights,
+    run_product_task<SparseWeightPanels<FloatWords, float>>(matmul_fb23ffd613ac_product(sizes), task, left, nullptr, weights,
         [=](int64_t r, int64_t panel, const auto* products) {
             const int64_t first_column = panel * 32;
             const int64_t num_columns = std::min(int64_t(32), 48 - first_column);
@@ -36,11 +36,11 @@ static void matmul_3ae9ea624f4d(void* const* operands, const int64_t* sizes, int
         });
 }
 
-static Stream matmul_3ae9ea624f4d_stream(void* const* operands, const int64_t* sizes, int64_t task) {
+static Stream matmul_fb23ffd613ac_stream(void* const* operands, const int64_t* sizes, int64_t task) {
     const uint8_t* panels = static_cast<const uint8_t*>(operands[1]);
-    return product_stream<SparseWeightPanels<FloatWords, float>>(matmul_3ae9ea624f4d_product(sizes), task, panels);
+    return product_stream<SparseWeightPanels<FloatWords, float>>(matmul_fb23ffd613ac_product(sizes), task, panels);
 }
 
 }  // namespace infercomp
 
-extern "C" const infercomp::Kernel infercomp_kernel_matmul_3ae9ea624f4d = {"matmul_3ae9ea624f4d", infercomp::matmul_3ae9ea624f4d_tasks, infercomp::matmul_3ae9ea624f4d, infercomp::matmul_3ae9ea624f4d_stream};
+extern "C" const infercomp::Kernel infercomp_kernel_matmul_fb23ffd613ac = {"matmul_fb23ffd613ac", infercomp::matmul_fb23ffd613ac_tasks, infercomp::matmul_fb23ffd613ac, infercomp::matmul_fb23ffd613ac_stream};
