@@ -19,6 +19,8 @@ infercomp sparsify ./my-model -o my-model-24 --pattern 2:4 --eval text.txt
 
 infercomp sparsify demo -o smol-24 --pattern 2:4 --score sparsegpt --permute --calibration text.txt --eval other.txt
 
+infercomp sparsify demo -o smol-70 --score wanda --density 0.7 --calibration text.txt --eval other.txt
+
 infercomp sparsify demo -o smol-24-int8 --score wanda --calibration text.txt --option quantization=w8a8"""
 
 
@@ -37,6 +39,14 @@ def sparsify(
     tail: Annotated[
         str, typer.Option(metavar="NAME", help="Layers whose channels M does not divide: refuse or pad.")
     ] = "refuse",
+    layers: Annotated[
+        list[str] | None,
+        typer.Option("--layers", metavar="PATTERN", help="Layers that may become sparse, all by default. Repeatable."),
+    ] = None,
+    density: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="So much of their weights is left: layers that cost more stay dense."),
+    ] = None,
     calibration: CalibrationOption = None,
     calibration_folder: CalibrationFolderOption = None,
     evaluation: EvaluationOption = None,
@@ -58,9 +68,10 @@ def sparsify(
     with errors_shown(debug):
         from infercomp.passes.n_m_sparsity import nm_of
 
+        wanted = replace(nm_of(pattern), score=score, permute=permute, tail=tail, density=density)
         options = {
             **checked_options(option),
-            "sparsity": replace(nm_of(pattern), score=score, permute=permute, tail=tail),
+            "sparsity": replace(wanted, layers=tuple(layers)) if layers else wanted,
         }
         texts = Texts(calibration, calibration_folder, evaluation)
         make_and_measure(model, out, dtype, options, texts, eval_tokens, speed, json_file, plot)

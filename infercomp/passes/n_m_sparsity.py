@@ -44,6 +44,13 @@ class NM:
     """A layer whose input channels M does not divide: "refuse" it, or "pad" its last group with zeros that are none of
     its own."""
 
+    layers: tuple[str, ...] = ("*",)
+    """Layers that may become sparse: patterns for their names (``fnmatch``), or for the ends of these behind a dot."""
+
+    density: float | None = None
+    """Of the weights of these layers so many are left, from N / M to 1: only those layers become sparse that cost least
+    when each is made sparse alone, measured on calibration data. None makes all of them sparse."""
+
     damp: float = 0.01
     """What SparseGPT adds to the Hessian's diagonal, as a part of its mean."""
 
@@ -63,12 +70,26 @@ class NM:
         require_int(self.num_regressions, "num_regressions", 0, LARGEST_COUNT)
         if self.permute and self.tail == "pad":
             raise ConfigError("channels are put in order only where M divides them: tail must be refuse", field="tail")
+        is_tuple = isinstance(self.layers, tuple) and self.layers
+        if not is_tuple or not all(isinstance(each, str) and each for each in self.layers):
+            what = f"layers must be a tuple of patterns, not {describe(self.layers)}"
+            raise ConfigError(what, remedy='for example ("*.mlp.*", "o_proj")', field="layers")
+        if self.density is not None:
+            require_number(self.density, "density", "below 1 and above 0", low=0, high=1)
+            if self.density < self.n / self.m:
+                what = f"density {self.density} is below the {self.n / self.m:g} that {self.n}:{self.m} leaves of all"
+                raise ConfigError(what, remedy="raise it, or choose another pattern", field="density")
         require_number(self.damp, "damp", "above 0", low=0)
         require_int(self.block_size, "block_size", 1, LARGEST_COUNT)
 
     @property
     def needs_calibration(self) -> bool:
         """Whether samples of text are needed."""
+        return self.has_measured_score or self.density is not None
+
+    @property
+    def has_measured_score(self) -> bool:
+        """Whether the score asks what the layers' inputs are."""
         return self.score != "magnitude"
 
     @property
@@ -103,4 +124,7 @@ def nm_of(value: str | NM) -> NM:
         if name not in names:
             what = f"sparsity has no field {name!r}"
             raise ConfigError(what, remedy=f"valid: {', '.join(names)}", field=str(name))
-    return NM(**found)
+    given = dict(found)
+    if isinstance(given.get("layers"), list):
+        given["layers"] = tuple(given["layers"])
+    return NM(**given)

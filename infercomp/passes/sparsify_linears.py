@@ -6,9 +6,10 @@
 
 Does nothing unless the option ``sparsity`` says which are kept: ``NM(2, 4, score="wanda")``. The LM head stays dense.
 With ``permute`` the order of input channels is searched that keeps most, one for all linears of one input, which is
-gathered in it. The pass comes before weights are smoothed and rounded: a grid with a code for zero keeps zeros as they
-are. It needs weights that the graph owns (``frozen``). Layers are taken in the graph's order, and each sees what those
-before it have become.
+gathered in it. ``layers`` names those that may become sparse; with a ``density`` only those of them do that cost least
+when each is made sparse alone. The pass comes before weights are smoothed and rounded: a grid with a code for zero
+keeps zeros as they are. It needs weights that the graph owns (``frozen``). Layers are taken in the graph's order, and
+each sees what those before it have become.
 """
 
 from __future__ import annotations
@@ -22,13 +23,15 @@ from torch import fx
 from ..codegen.model_graph import ModelGraph, aten, value_of
 from ..runtime.errors import ConfigError
 from .calibration import Tensors, observe, second_moment
+from .config import nearest_name
 from .graph_pass import NumericClass, Pass, PassContext
-from .linear_recipes import GOBO, W8A16, Recipe
+from .linear_recipes import GOBO, W8A16, Recipe, fits
 from .n_m_sparsity import NM
 from .permutation_search import permutation_search
 from .quantizable_linears import QuantizableLinears, parameters_of
 from .rounding import GPTQ
 from .sparse_masks import masked, scores_of, sparsegpt
+from .sparsity_sweep import sweep
 
 # What the model computes is another function: its distance is for the report.
 SPARSIFICATION = NumericClass("lossy", math.inf)
@@ -44,32 +47,71 @@ def run(model_graph: ModelGraph, context: PassContext) -> None:
     _check(model_graph, context, sparsity)
     # Weights that could be rounded are those that may change: parameters that nothing else reads.
     linears = QuantizableLinears(model_graph, context, W8A16())
+    candidates = _candidates(model_graph, context, linears, sparsity)
+    layers = {source: linears.names[nodes[0]][0][0] for source, nodes in candidates.items()}
+    if sparsity.density is not None and context.calibration is not None:
+        candidates = _swept(model_graph, context, candidates, layers, sparsity)
     readers: dict[fx.Node, list[fx.Node]] = {}
     for node in linears.names:
-        if node not in linears.chosen or linears.is_head(node):
-            context.near_miss(node, linears.reasons.get(node, "it is the LM head, which stays dense"))
-            continue
-        _check_channels(model_graph, node, linears.names[node][0][0], sparsity)
-        site = context.claim(node)
+        site = context.claim(node) if node in candidates.get(node.args[0], ()) else None  # type: ignore[arg-type]
         if site is not None:
             site.replaced[node.name] = node.name
             readers.setdefault(node.args[0], []).append(node)  # type: ignore[arg-type]
 
     sparsifier = _Sparsifier(model_graph, sparsity)
-    if context.calibration is None or not sparsity.needs_calibration:
+    if context.calibration is None or not sparsity.has_measured_score:
         for source, nodes in readers.items():
             sparsifier.take(source, sparsifier.pruned(nodes, None))
     else:
-        layers = {source: linears.names[nodes[0]][0][0] for source, nodes in readers.items()}
         observe(
             model_graph,
             context.calibration,
-            layers,
+            {source: layers[source] for source in readers},
             f"sparsify_linears {sparsity.to_json()}",
             lambda source, values: sparsifier.pruned(readers[source], second_moment(values)),
             sparsifier.take,
         )
     sparsifier.permute(readers)
+
+
+def _candidates(
+    model_graph: ModelGraph, context: PassContext, linears: QuantizableLinears, sparsity: NM
+) -> dict[fx.Node, list[fx.Node]]:
+    """By what they read, the linears that may become sparse."""
+    unused = [
+        pattern for pattern in sparsity.layers if not any(fits(pattern, own[0]) for own in linears.names.values())
+    ]
+    if unused:
+        nearest = nearest_name(unused[0], (name for own in linears.names.values() for name in own[0]))
+        what = f"layers names no linear: {unused[0]!r}"
+        raise ConfigError(what, remedy=f"the nearest is {nearest}", field="layers")
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for node, names in linears.names.items():
+        if node not in linears.chosen or linears.is_head(node):
+            context.near_miss(node, linears.reasons.get(node, "it is the LM head, which stays dense"))
+        elif not any(fits(pattern, names[0]) for pattern in sparsity.layers):
+            context.near_miss(node, "none of the patterns in layers fits it")
+        else:
+            _check_channels(model_graph, node, names[0][0], sparsity)
+            found.setdefault(node.args[0], []).append(node)  # type: ignore[arg-type]
+    return found
+
+
+def _swept(
+    model_graph: ModelGraph,
+    context: PassContext,
+    candidates: Mapping[fx.Node, list[fx.Node]],
+    layers: Mapping[fx.Node, str],
+    sparsity: NM,
+) -> dict[fx.Node, list[fx.Node]]:
+    """Those that a sweep finds to cost least; why the others stay dense is said."""
+    assert context.calibration is not None
+    units = sweep(model_graph, context.calibration, candidates, layers, sparsity)
+    for source, unit in units.items():
+        if not unit.is_chosen:
+            reason = f"alone it costs {unit.cost:.2g} nats, and others less for the density {sparsity.density}"
+            context.near_miss(candidates[source][0], reason)
+    return {source: candidates[source] for source, unit in units.items() if unit.is_chosen}
 
 
 class _Sparsifier:

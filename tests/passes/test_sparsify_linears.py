@@ -10,35 +10,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_llm import byte_model, byte_tokenizer
+from sparse_models import TOKENS, counts, of_layers, outputs, sparse
 
 import infercomp
 from infercomp import GOBO, GPTQ, LLM, NM, W3A16, W4A16, W8A8, ConfigError
-from infercomp.codegen.model_graph import ModelGraph, aten
+from infercomp.codegen.model_graph import aten
 from infercomp.codegen.ops import linear
 from infercomp.codegen.ops.group_codes import unpacked_codes
 from infercomp.config import parse_options
 from infercomp.passes import sparse_masks
-from infercomp.passes.calibration import Calibration, stream
 from infercomp.passes.config import PassConfig
 from infercomp.passes.linear_recipes import LinearRecipe
 from infercomp.passes.n_m_sparsity import nm_of
-from infercomp.passes.pipeline import PIPELINE, run_pipeline
-from infercomp.passes.record import PassRecord
+from infercomp.passes.pipeline import run_pipeline
 from infercomp.passes.sparse_masks import masked, n_m_mask, sparsegpt
 from infercomp.runtime.errors import NumericalError
 from infercomp.serving import capture_for_serving, position_limit
 
-THROUGH = PIPELINE[: [each.name for each in PIPELINE].index("sparsify_linears") + 1]
-TOKENS = torch.randint(0, 256, (600,), generator=torch.Generator().manual_seed(1))
-CALIBRATION = Calibration(
-    tuple({"input_ids": each[None], "position_ids": torch.arange(60)[None]} for each in TOKENS.split(60))
-)
 patterns = st.integers(2, 16).flatmap(lambda m: st.tuples(st.integers(1, m - 1), st.just(m)))
-
-
-def counts(weight: torch.Tensor, m: int) -> torch.Tensor:
-    """How many weights of each whole group are not zero."""
-    return weight[:, : weight.shape[1] // m * m].unflatten(1, (-1, m)).ne(0).sum(-1)
 
 
 @given(patterns, st.integers(1, 9), st.integers(1, 80), st.integers(0, 999))
@@ -108,20 +97,6 @@ def test_inputs_that_depend_on_each_other_are_named() -> None:
     assert caught.value.field == "damp"
 
 
-def sparse(
-    sparsity: Any, calibration: Calibration | None = CALIBRATION, in_float64: bool = False, **options: Any
-) -> tuple[ModelGraph, PassRecord]:
-    model = byte_model().double() if in_float64 else byte_model()
-    model_graph, _ = capture_for_serving(model, position_limit(model))
-    config = PassConfig(sparsity=sparsity, **options)
-    records = run_pipeline(model_graph, config, pipeline=THROUGH, calibration=calibration)
-    return model_graph, records[-1]
-
-
-def of_layers(model_graph: ModelGraph) -> dict[str, torch.Tensor]:
-    return {name: each for name, each in model_graph.weights.items() if each.dim() == 2 and "layers" in name}
-
-
 @pytest.mark.parametrize("score", ["magnitude", "wanda", "sparsegpt"])
 def test_all_linears_but_the_head(score: str) -> None:
     model_graph, record = sparse(NM(2, 4, score))
@@ -130,13 +105,6 @@ def test_all_linears_but_the_head(score: str) -> None:
     assert all((counts(each, 4) == 2).all() for each in weights.values())
     assert (model_graph.weights["p_model_lm_head_weight"] != 0).all()
     assert [miss.reason for miss in record.near_misses] == ["it is the LM head, which stays dense"]
-
-
-def outputs(model_graph: ModelGraph) -> torch.Tensor:
-    seen: list[torch.Tensor] = []
-    (logits,) = model_graph.output_node().args[0]
-    stream(model_graph, CALIBRATION.samples[:1], {logits: lambda values: seen.extend(values)})
-    return seen[0]
 
 
 @pytest.mark.parametrize("score", ["magnitude", "wanda", "sparsegpt"])
