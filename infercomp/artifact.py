@@ -227,9 +227,9 @@ def _named_weights(served: ServedModel, bits_of: BitsOf) -> tuple[dict[str, torc
 def _bits_of(linears: Iterable[ServedLinear], tensor_names: Mapping[str, str]) -> BitsOf:
     """By the names of layers in the file; a layer that is no linear has floats."""
     bits = {
-        tensor_names.get(name, name).rpartition(".")[0]: Bits(linear.weight_bits, linear.activation_bits)
-        for linear in linears
-        for name in linear.tensors
+        tensor_names.get(name, name).rpartition(".")[0]: Bits(each.weight_bits, each.activation_bits, each.input_step)
+        for each in linears
+        for name in each.tensors
     }
     return lambda layer: bits.get(layer, Bits(16, 16))
 

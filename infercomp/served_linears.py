@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import fx
 
 from .codegen.model_graph import ModelGraph, value_of
+from .codegen.ops import quantize_per_tensor
 from .passes.compress_weights import SPARSE_VALUES
 from .passes.graph_pass import is_float_tensor
 from .passes.quantizable_linears import sources_of
@@ -58,4 +60,13 @@ def _of_call(model_graph: ModelGraph, node: fx.Node, is_head: bool) -> Iterator[
         name = source.removeprefix("model.").removesuffix("_packed").removesuffix(".weight").removesuffix(SPARSE_VALUES)
         weight_bits = given.get("bits", 8 * values.dtype.itemsize)
         tensors = tuple(each.name for each in sources)
-        yield ServedLinear(name, num_weights, tensors, is_head, weight_bits, activation_bits)
+        step = _input_step(model_graph, node.args[0])
+        yield ServedLinear(name, num_weights, tensors, is_head, weight_bits, activation_bits, step)
+
+
+def _input_step(model_graph: ModelGraph, rows: Any) -> float | None:
+    """Of the grid that all tokens of these integers are on."""
+    call = rows.args[0] if rows.target is operator.getitem else rows
+    if call.target != quantize_per_tensor.overload:
+        return None
+    return float(model_graph.weights[call.args[1].name])

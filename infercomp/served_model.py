@@ -23,7 +23,7 @@ class ServedLinear:
     """A linear of the model: how many weights it has, and its codes, scales and zeros, or floats, by name.
 
     ``weight_bits`` are those of a code, or of a float; ``activation_bits`` is 8 for activations that are rounded, else
-    16.
+    16; ``input_step`` is that of the grid that they are on, where a token has none of its own.
     """
 
     name: str
@@ -32,6 +32,7 @@ class ServedLinear:
     is_head: bool
     weight_bits: int
     activation_bits: int
+    input_step: float | None = None
 
 
 @dataclass(frozen=True)

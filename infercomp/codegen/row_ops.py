@@ -20,6 +20,7 @@ from .ops import (
     group_embedding,
     int8_embedding,
     layer_norm,
+    quantize_per_tensor,
     quantize_per_token,
     rms_norm,
     rotary_embedding,
@@ -254,8 +255,40 @@ def nearest_int8(source: LazyTensor) -> tuple[LazyTensor, LazyTensor]:
     return LazyTensor(source.shape, torch.int8, codes), LazyTensor(rows, float32, scale)
 
 
+def _int8_by_step(source: LazyTensor, step: LazyTensor) -> tuple[LazyTensor, LazyTensor]:
+    """Codes [..., K] and scales [..., 1] of rows on one grid."""
+    float32 = torch.float32
+
+    def is_finite(index: Index) -> Scalar:
+        largest = over_last("max", source, index, lambda x: unary("bits", unary("abs", x)), float32)
+        return unary("isfinite", unary("from_bits", largest))
+
+    def codes(index: Index) -> Scalar:
+        inverse = binary("div", constant(1.0, float32), step.at((sympy.Integer(0),)))
+        rounded = unary("round_even", binary("mul", cast(source.at(index), float32), inverse))
+        clipped = binary("minimum", binary("maximum", rounded, constant(-127.0, float32)), constant(127.0, float32))
+        return cast(where(is_finite(index), clipped, constant(0.0, float32)), torch.int8)
+
+    def scale(index: Index) -> Scalar:
+        row = (*index[:-1], sympy.Integer(0))
+        return where(is_finite(row), step.at((sympy.Integer(0),)), constant(math.nan, float32))
+
+    rows = (*source.shape[:-1], sympy.Integer(1))
+    return LazyTensor(source.shape, torch.int8, codes), LazyTensor(rows, float32, scale)
+
+
 def _quantize_per_token(region: Any, outputs: Any, source: LazyTensor, group_size: int) -> tuple[LazyTensor, ...]:
-    """The three outputs; the sums read back the codes that the same row has stored."""
+    return *nearest_int8(source), _sums_of_codes(region, outputs, source, group_size)
+
+
+def _quantize_per_tensor(
+    region: Any, outputs: Any, source: LazyTensor, step: LazyTensor, group_size: int
+) -> tuple[LazyTensor, ...]:
+    return *_int8_by_step(source, step), _sums_of_codes(region, outputs, source, group_size)
+
+
+def _sums_of_codes(region: Any, outputs: Any, source: LazyTensor, group_size: int) -> LazyTensor:
+    """Read back from the codes that the same row has stored."""
 
     def sums(index: Index) -> Scalar:
         stored_codes = region.tensor(outputs[0])
@@ -264,7 +297,10 @@ def _quantize_per_token(region: Any, outputs: Any, source: LazyTensor, group_siz
         return reduction("sum", element, variable, variable.extent)
 
     shape = (*source.shape[:-1], source.shape[-1] / group_size)
-    return *nearest_int8(source), LazyTensor(shape, torch.int32, sums)
+    return LazyTensor(shape, torch.int32, sums)
 
 
-MULTIPLE: dict[Any, Callable[..., tuple[LazyTensor, ...]]] = {quantize_per_token.overload: _quantize_per_token}
+MULTIPLE: dict[Any, Callable[..., tuple[LazyTensor, ...]]] = {
+    quantize_per_token.overload: _quantize_per_token,
+    quantize_per_tensor.overload: _quantize_per_tensor,
+}

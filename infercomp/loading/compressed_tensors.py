@@ -6,6 +6,7 @@ Of a linear ``x`` with N outputs and K inputs in groups of g (G = K / g; G = 1 f
     x.weight_packed      int32 [N, b K / 32]    b bits, 3, 4 or 8: code k is the bits from b k on of a row's words
     x.weight_shape       int64 [2]              N and K, beside a packed weight
     x.weight_scale       float [N, G]
+    x.input_scale        float [1]              the step of activations that are rounded on one grid for all tokens
     x.weight_zero_point  int32 [b N / 32, G]    zeros, packed along N in the same way, rounded up to whole words
 
 Codes and zeros are unsigned there as they are here, 2^(b - 1) being the middle, so little-endian words are the bytes
@@ -24,17 +25,21 @@ import torch
 from infercomp.codegen.ops.group_codes import num_codes, packed_codes, unpacked_codes
 
 WEIGHT, PACKED, SHAPE = ".weight", ".weight_packed", ".weight_shape"
-SCALE, ZERO = ".weight_scale", ".weight_zero_point"
+SCALE, ZERO, INPUT_SCALE = ".weight_scale", ".weight_zero_point", ".input_scale"
 _INT8_OFFSET = 128
 # So many zeros fill whole words, whatever their bits.
 _ZEROS_AT_ONCE = 32
 
 
 class Bits(NamedTuple):
-    """Of a linear's weights, and of its activations: 8 where they are rounded per token as they come, 16 for floats."""
+    """Of a linear's weights, and of its activations: 8 where they are rounded, 16 for floats.
+
+    Rounded ones have a scale for each token, which is found as it comes, or all of them ``input_step``.
+    """
 
     weight: int
     activation: int
+    input_step: float | None = None
 
 
 BitsOf = Callable[[str], Bits]
@@ -58,6 +63,10 @@ def stored_tensors(weights: Mapping[str, torch.Tensor], bits_of: BitsOf) -> dict
         stored[name] = _stored_form(name, tensor, bits)
         if name.endswith(PACKED):
             stored[f"{layer}{SHAPE}"] = torch.tensor([tensor.shape[0], _num_inputs(tensor, bits)])
+        step = bits_of(layer).input_step
+        if name.endswith(SCALE) and step is not None:
+            # Layers of one input share it, and other tools look for one with each.
+            stored[f"{layer}{INPUT_SCALE}"] = torch.tensor([step])
     return stored
 
 
@@ -100,6 +109,7 @@ def quantization_config(weights: Mapping[str, torch.Tensor], bits_of: BitsOf) ->
 class _Scheme:
     bits: int
     activation_bits: int
+    is_static: bool
     group_size: int | None
     is_symmetric: bool
 
@@ -110,14 +120,16 @@ class _Scheme:
 
 def _scheme_of(layer: str, weights: Mapping[str, torch.Tensor], bits: Bits) -> _Scheme:
     integers = weights[f"{layer}{PACKED}" if f"{layer}{PACKED}" in weights else f"{layer}{WEIGHT}"]
+    kept = bits.weight, bits.activation, bits.input_step is not None
     if integers.dtype == torch.int8:
-        return _Scheme(*bits, None, True)
+        return _Scheme(*kept, None, True)
     group_size = _num_inputs(integers, bits.weight) // weights[f"{layer}{SCALE}"].shape[1]
-    return _Scheme(*bits, group_size, f"{layer}{ZERO}" not in weights)
+    return _Scheme(*kept, group_size, f"{layer}{ZERO}" not in weights)
 
 
 def _group(scheme: _Scheme, names: Iterable[str]) -> dict[str, Any]:
-    per_token = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    activations = {"num_bits": 8, "type": "int", "symmetric": True}
+    activations |= {"strategy": "tensor" if scheme.is_static else "token", "dynamic": not scheme.is_static}
     return {
         "targets": list(names),
         "weights": {
@@ -128,7 +140,7 @@ def _group(scheme: _Scheme, names: Iterable[str]) -> dict[str, Any]:
             "group_size": scheme.group_size,
             "dynamic": False,
         },
-        "input_activations": per_token if scheme.activation_bits == 8 else None,
+        "input_activations": activations if scheme.activation_bits == 8 else None,
         "output_activations": None,
         "format": "pack-quantized" if scheme.is_packed else "int-quantized",
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -185,6 +186,14 @@ def _require_finite(value: torch.Tensor, number: int, layer: str, node: fx.Node)
 def largest_of_channels(values: Sequence[torch.Tensor]) -> torch.Tensor:
     """max |x| over all tokens for each channel of values [..., K], float32 [K]."""
     return torch.stack([value.abs().flatten(0, -2).amax(0).float() for value in values]).amax(0)
+
+
+def largest_magnitude(values: Sequence[torch.Tensor], percentile: float | None) -> torch.Tensor:
+    """float32 []: what no magnitude of values [..., K] is above, or what this percentile of them is at most."""
+    if percentile is None:
+        return torch.stack([value.abs().amax().float() for value in values]).amax()
+    magnitudes = torch.cat([value.abs().flatten().float() for value in values])
+    return magnitudes.kthvalue(max(1, math.ceil(len(magnitudes) * percentile / 100))).values
 
 
 def power_mean_of_channels(values: Sequence[torch.Tensor], power: float) -> torch.Tensor:

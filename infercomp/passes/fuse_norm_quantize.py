@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from ..codegen.matmul_regions import LINEARS
 from ..codegen.model_graph import ModelGraph
-from ..codegen.ops import gated_activation, layer_norm, quantize_per_token, rms_norm
+from ..codegen.ops import gated_activation, layer_norm, quantize_per_tensor, quantize_per_token, rms_norm
 from .fusion import fuse, kernel_of
 from .graph_pass import BIT_IDENTICAL, Pass, PassContext
 
@@ -16,7 +16,7 @@ _ROWWISE = frozenset(op.overload for op in (rms_norm, layer_norm, gated_activati
 
 def run(model_graph: ModelGraph, context: PassContext) -> None:
     products = {kernel_of(node) for node in model_graph.graph.nodes if node.target in LINEARS}
-    for quantize in model_graph.calls(quantize_per_token.overload):
+    for quantize in model_graph.calls(quantize_per_token.overload, quantize_per_tensor.overload):
         rows = quantize.args[0]
         if rows.target not in _ROWWISE:  # type: ignore[union-attr]
             continue

@@ -60,12 +60,14 @@ class Pass:
 class Decision:
     """What an earlier pass has decided of a layer by its weight: the recipe, or None for floats, and why.
 
-    ``names`` are those of the layer that the weight is a part of.
+    ``names`` are those of the layer that the weight is a part of; ``input_step`` is that of the grid of 8 bits on which
+    all tokens of its input are, where each has none of its own.
     """
 
     recipe: LinearRecipe | None
     reason: str
     names: tuple[str, ...]
+    input_step: float | None = None
 
 
 @dataclass

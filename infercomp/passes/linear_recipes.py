@@ -159,6 +159,13 @@ class W8A8(LinearRecipe):
     """"even" groups, as in the paper: their number divides the input channels. "fitted": ends of groups
     that keep the sum of a group's size times the square of its largest range least."""
 
+    activation_scale: str = "token"
+    """"token": each has a scale, which is found as it is computed. "tensor": one for all, found on calibration data."""
+
+    activation_percentile: float | None = None
+    """With "tensor", the percentile of the magnitudes that the scale reaches, in (0, 100]: larger ones are clipped.
+    None is their maximum."""
+
     harmful_error: float | None = None
     """Activations stay floats where 8 bits change the output of a layer that reads them by more than this part of it,
     over the calibration data (Bondarenko et al. 2021); None rounds all."""
@@ -177,11 +184,26 @@ class W8A8(LinearRecipe):
         if self.embedding_group_sizes not in ("even", "fitted"):
             what = f'embedding_group_sizes must be "even" or "fitted", not {describe(self.embedding_group_sizes)}'
             raise ConfigError(what, field="embedding_group_sizes")
+        self._check_activation_scale()
         if self.harmful_error is not None:
             require_number(self.harmful_error, "harmful_error", "from 0, or None", low=0, is_open=False)
         if self.outlier_threshold is not None and self.embedding_groups is not None:
             what = "channels are split by outlier_threshold or by embedding_groups, not by both"
             raise ConfigError(what, field="embedding_groups")
+
+    def _check_activation_scale(self) -> None:
+        if self.activation_scale not in ("token", "tensor"):
+            what = f'activation_scale must be "token" or "tensor", not {describe(self.activation_scale)}'
+            raise ConfigError(what, field="activation_scale")
+        is_static = self.activation_scale == "tensor"
+        if self.activation_percentile is not None:
+            require_number(self.activation_percentile, "activation_percentile", "in (0, 100] or None", low=0, high=100)
+            if not is_static:
+                what = 'a token\'s scale is its maximum: activation_percentile needs activation_scale="tensor"'
+                raise ConfigError(what, field="activation_percentile")
+        if is_static and self.embedding_groups is not None:
+            what = "embedding_groups have a scale for each token"
+            raise ConfigError(what, remedy='activation_scale="token"', field="activation_scale")
 
     @property
     def smoothing(self) -> Smoothing | None:
@@ -190,7 +212,8 @@ class W8A8(LinearRecipe):
     @property
     def needs_calibration(self) -> bool:
         fields = (self.smooth_alpha, self.outlier_threshold, self.embedding_groups, self.harmful_error)
-        return super().needs_calibration or any(field is not None for field in fields)
+        is_measured = self.activation_scale == "tensor" or any(field is not None for field in fields)
+        return super().needs_calibration or is_measured
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from .calibration import Calibration
 from .compress_weights import COMPRESS_WEIGHTS
 from .config import PassConfig, check_pass_names
 from .convert_attention import CONVERT_ATTENTION
+from .fix_activation_scales import FIX_ACTIVATION_SCALES
 from .fold_constants import FOLD_CONSTANTS
 from .fuse_embedding_norm import FUSE_EMBEDDING_NORM
 from .fuse_gated_epilogue import FUSE_GATED_EPILOGUE
@@ -62,6 +63,7 @@ PIPELINE: tuple[Pass, ...] = (
     SMOOTH_ACTIVATIONS,
     SPLIT_CHANNELS,
     WIDEN_ACTIVATIONS,
+    FIX_ACTIVATION_SCALES,
     ALLOCATE_BITS,
     ROUND_WEIGHTS,
     MERGE_LINEARS,

@@ -55,6 +55,11 @@ class QuantizableLinears:
         decisions = (self._decisions.get(source.name) for source in sources_of(parameters_of(node)[0]))
         return next((each for each in decisions if each is not None), None)
 
+    def input_step(self, node: fx.Node) -> float | None:
+        """The step that is decided for the input of a linear, or None where each token finds its own."""
+        decision = self._decision(node)
+        return None if decision is None else decision.input_step
+
     def _recipe_of(self, node: fx.Node, recipe: Recipe, names: Names) -> LinearRecipe | None:
         decision = self._decision(node)
         if decision is not None:

@@ -9,7 +9,8 @@
 
 Does nothing unless the option ``quantization`` gives a recipe: ``w4a8-g32`` is 4-bit weights in groups of 32 channels
 and 8-bit activations; with ``a16`` activations stay floats; ``w8`` has one scale a row; ``-sym`` has no zeros;
-``LayerRecipes`` has recipes for named layers. What does not fit the model is refused before anything is quantised.
+``LayerRecipes`` has recipes for named layers. Where one step is decided for all tokens of an input, it is
+quantised by ``quantize_per_tensor``. What does not fit the model is refused before anything is quantised.
 The LM head, and an embedding that shares its weight, have 8 bits in every recipe.
 Linears of one input share its quantisation.
 
@@ -40,6 +41,7 @@ from ..codegen.ops import (
     int8_linear,
     int8_weight_linear,
     merge_weights,
+    quantize_per_tensor,
     quantize_per_token,
     quantize_weight_groups,
     quantize_weight_int8,
@@ -55,6 +57,8 @@ _ROW_LINEARS = {8: int8_linear, 16: int8_weight_linear}
 _GROUP_LINEARS = {8: group_linear, 16: group_weight_linear}
 ZERO_VALUE = "_zero_value"
 """What is put behind a parameter's name for zeros that are values; compressed-tensors has none."""
+INPUT_SCALE = ".input_scale"
+"""What compressed-tensors puts behind a layer's name for the step of the grid that its input is on."""
 _CLUSTERED_SUFFIXES = ("_codes", "_table", "_outlier_counts", "_outlier_columns", "_outlier_excess")
 # Rounding makes several float32 copies of what it is given: so many elements at a time.
 _CHUNK_ELEMENTS = 1 << 22
@@ -71,7 +75,7 @@ def run(model_graph: ModelGraph, context: PassContext) -> None:
     quantizer = _Quantizer(model_graph, context)
     for node in linears.names:
         if node in linears.chosen:
-            quantizer.quantize_linear(node, linears.chosen[node])
+            quantizer.quantize_linear(node, linears.chosen[node], linears.input_step(node))
         else:
             context.near_miss(node, linears.reasons[node])
     if model_graph.frozen:
@@ -88,9 +92,9 @@ class _Quantizer:
         self._model_graph = model_graph
         self._context = context
         self._weights: dict[tuple[Hashable, bool, LinearRecipe], list[fx.Node | None]] = {}
-        self._inputs: dict[tuple[fx.Node, int], list[fx.Node]] = {}
+        self._inputs: dict[tuple[fx.Node, int, float | None], list[fx.Node]] = {}
 
-    def quantize_linear(self, node: fx.Node, recipe: LinearRecipe) -> None:
+    def quantize_linear(self, node: fx.Node, recipe: LinearRecipe, step: float | None) -> None:
         if isinstance(recipe, GOBO):
             self._cluster(node, recipe)
             return
@@ -100,7 +104,7 @@ class _Quantizer:
         _, bias, _ = parameters_of(node)
         is_grouped, has_integer_input = recipe.group_size is not None, recipe.activation_bits == 8
         with self._model_graph.inserting_before(node) as emit:
-            inputs = self._quantized_input(emit, node.args[0], recipe) if has_integer_input else [node.args[0]]
+            inputs = self._quantized_input(emit, node, recipe, step) if has_integer_input else [node.args[0]]
             weights = [*self._quantized_weight(emit, node, recipe), bias]
             options = [recipe.weight_bits, recipe.group_size] * is_grouped + [value_of(node).dtype] * has_integer_input
             op = (_GROUP_LINEARS if is_grouped else _ROW_LINEARS)[recipe.activation_bits]
@@ -146,11 +150,22 @@ class _Quantizer:
         is_code = not tensor.is_floating_point()
         return weight if is_code else self._add_weight(weight, "_float32", "_float32", tensor.float())
 
-    def _quantized_input(self, emit: Emitter, source: fx.Node, recipe: LinearRecipe) -> list[fx.Node]:
+    def _quantized_input(self, emit: Emitter, node: fx.Node, recipe: LinearRecipe, step: float | None) -> list[fx.Node]:
+        source = node.args[0]
         group_size = recipe.group_size or value_of(source).shape[-1]
-        if (source, group_size) not in self._inputs:
-            self._inputs[source, group_size] = _results(emit, emit(quantize_per_token, source, group_size))
-        return self._inputs[source, group_size]
+        key = (source, group_size, step)
+        if key not in self._inputs:
+            if step is None:
+                call = emit(quantize_per_token, source, group_size)
+            else:
+                (weight, *_) = sources_of(parameters_of(node)[0])
+                grid = self._add_weight(weight, "_input_step", "", torch.tensor([step]))
+                if weight.name in self._model_graph.weight_sources:
+                    layer = self._model_graph.weight_sources[weight.name].removesuffix(".weight")
+                    self._model_graph.weight_sources[grid.name] = f"{layer}{INPUT_SCALE}"
+                call = emit(quantize_per_tensor, source, grid, group_size)
+            self._inputs[key] = _results(emit, call)  # type: ignore[index]
+        return self._inputs[key]  # type: ignore[index]
 
     def _quantized_weight(self, emit: Emitter, node: fx.Node, recipe: LinearRecipe) -> list[fx.Node | None]:
         """The integers, the scales and, for groups, the zeros or None; for GOBO codes, table and outliers."""

@@ -200,6 +200,9 @@ RECIPES: dict[str, Recipe] = {
     "zeroquant": W8A8(),
     "w8a8-smoothquant": W8A8(smooth_alpha=0.5),
     "w8a8-smoothquant-search": W8A8(smooth_alpha="search"),
+    "w8a8-static": W8A8(activation_scale="tensor"),
+    # The paper's own setting, its scales by maxima.
+    "w8a8-static-smoothquant": W8A8(smooth_alpha=0.5, smooth_power=None, activation_scale="tensor"),
     "llm-int8": W8A8(outlier_threshold=6.0),
     "peg": W8A8(embedding_groups=6, embedding_group_sizes="fitted"),
     "peg-even": W8A8(embedding_groups=6),

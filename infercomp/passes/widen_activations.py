@@ -21,7 +21,7 @@ from .calibration import Calibration, Tensors, observe, some_tokens
 from .graph_pass import Decision, Pass, PassContext
 from .linear_recipes import W8A8, W8A16, LinearRecipe
 from .quantizable_linears import QuantizableLinears, parameters_of
-from .smoothing_scales import on_8_bits
+from .static_grids import rounded_activations
 
 _NUM_TOKENS = 512
 
@@ -45,6 +45,11 @@ def _bound(recipe: LinearRecipe | None) -> float | None:
     return recipe.harmful_error if isinstance(recipe, W8A8) else None
 
 
+def _grid(recipe: LinearRecipe) -> str:
+    """What of a recipe the rounding of activations depends on."""
+    return f"{recipe.activation_scale} {recipe.activation_percentile}" if isinstance(recipe, W8A8) else ""
+
+
 class _Widener:
     """Decides of the inputs of one graph's linears."""
 
@@ -59,13 +64,14 @@ class _Widener:
 
         def measure(source: fx.Node, values: Sequence[torch.Tensor]) -> Tensors:
             tokens = some_tokens(values, _NUM_TOKENS).float()
-            difference = on_8_bits(tokens) - tokens
+            difference = rounded_activations(tokens, values, self._linears.chosen[readers[source][0]]) - tokens
             return {"error": torch.tensor(max(self._change(node, tokens, difference) for node in readers[source]))}
 
         def visit(source: fx.Node, measured: Tensors) -> None:
             errors[source] = float(measured["error"])
 
-        names = " ".join(node.name for nodes in readers.values() for node in nodes)
+        all_readers = [node for nodes in readers.values() for node in nodes]
+        names = " ".join(f"{node.name} {_grid(self._linears.chosen[node])}" for node in all_readers)
         observe(self._model_graph, calibration, layers, f"widen_activations {names}", measure, visit)
         for source, nodes in readers.items():
             bounds = [_bound(self._linears.chosen[node]) for node in nodes]

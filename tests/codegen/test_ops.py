@@ -74,6 +74,7 @@ def _cases(dtype: torch.dtype, rows: int, heads: int, groups: int, dim: int) -> 
         "layer_norm": ((random(2, rows, dim), random(dim), None, 1e-5), {}),
         "rotary_embedding": ((random(2, rows, 4 * dim), random(rows, 2 * dim), random(rows, 2 * dim), True), {}),
         "quantize_per_token": ((random(2, rows, 8 * dim), 4 * dim), {}),
+        "quantize_per_tensor": ((random(2, rows, 8 * dim), torch.tensor([0.02]), 4 * dim), {}),
         "quantize_weight_int8": ((random(rows, dim),), {}),
         "quantize_weight_groups": ((random(rows, 8 * dim), 3, 4 * dim, True), {}),
         "int8_linear": ((*quantized, *int8_weight, random(5), dtype), {}),

@@ -11,6 +11,7 @@ from .quantized import (
     int8_embedding,
     int8_linear,
     int8_weight_linear,
+    quantize_per_tensor,
     quantize_per_token,
     quantize_weight_int8,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "merge_weights",
     "op",
     "paged_attention",
+    "quantize_per_tensor",
     "quantize_per_token",
     "quantize_weight_groups",
     "quantize_weight_int8",

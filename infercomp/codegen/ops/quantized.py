@@ -57,6 +57,32 @@ def quantize_per_token(input: torch.Tensor, group_size: int) -> tuple[torch.Tens
     return codes, scale, codes.unflatten(-1, (-1, group_size)).sum(-1, dtype=torch.int32)
 
 
+def _fake_quantize_per_tensor(input: torch.Tensor, step: torch.Tensor, group_size: int):  # type: ignore[no-untyped-def]
+    return _fake_quantize_per_token(input, group_size)
+
+
+@op(
+    "quantize_per_tensor(Tensor input, Tensor step, int group_size) -> (Tensor, Tensor, Tensor)",
+    fake=_fake_quantize_per_tensor,
+)
+def quantize_per_tensor(
+    input: torch.Tensor, step: torch.Tensor, group_size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Static quantisation of input [..., K], whose row is x, on one grid for all rows, ``step`` float32 [1] above 0:
+
+        inverse = 1 / step;  q = min(max(round_half_even(x * inverse), -127), 127);  scale = step
+
+    in float32, the division rounded correctly. Returns what quantize_per_token returns, the scale being the same on
+    every row; a row that holds an infinity or a NaN has q = 0 and scale = NaN here too.
+    """
+    rows = input.to(torch.float32)
+    is_finite = rows.abs().amax(-1, keepdim=True).isfinite()
+    codes = torch.round(rows * torch.div(step.new_tensor(1.0), step)).clamp(-127, 127)
+    codes = torch.where(is_finite, codes, 0.0).to(torch.int8)
+    scale = torch.where(is_finite, step, torch.nan)
+    return codes, scale, codes.unflatten(-1, (-1, group_size)).sum(-1, dtype=torch.int32)
+
+
 def fake_integer_linear(q: torch.Tensor, scale: torch.Tensor, sums: torch.Tensor, weight: torch.Tensor, *rest):  # type: ignore[no-untyped-def]
     return q.new_empty(*q.shape[:-1], weight.shape[0], dtype=rest[-1])
 
