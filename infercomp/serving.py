@@ -121,6 +121,8 @@ def compile_for_serving(
         readers = {f"model.{name}.weight": linear.read for name, linear in linears.items()}
         sources = captured.weight_sources
         captured.stored_integers |= {n: readers[source] for n, source in sources.items() if source in readers}
+        steps = {f"model.{name}.weight": linear.input_step for name, linear in linears.items()}
+        captured.stored_steps |= {n: step for n, source in sources.items() if (step := steps.get(source)) is not None}
         require_all_found(linears, {source.removeprefix("model.") for source in sources.values()})
     sizes = {"vocab_size": getattr(getattr(model, "config", None), "vocab_size", None), "max_positions": limit}
     heads = config.passes.grouped_query

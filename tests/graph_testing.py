@@ -71,6 +71,7 @@ def copied(model_graph: ModelGraph) -> ModelGraph:
         weights=copy.deepcopy(model_graph.weights),
         weight_sources=dict(model_graph.weight_sources),
         stored_integers=dict(model_graph.stored_integers),
+        stored_steps=dict(model_graph.stored_steps),
         known_values=dict(model_graph.known_values),
     )
 

@@ -13,7 +13,7 @@ from compressed_tensors.compressors.pack_quantized import PackedQuantizationComp
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_llm import byte_model, byte_tokenizer, make_llm
 
 import infercomp
@@ -36,6 +36,7 @@ from infercomp.loading.stored_linears import StoredLinear
 from infercomp.stored_recipe import require_all_found
 
 TOKENS = list(range(3, 40))
+CALIBRATION = torch.randint(0, 256, (600,), generator=torch.Generator().manual_seed(1))
 
 
 @functools.cache
@@ -70,6 +71,34 @@ def test_transformers_reads_w8a8(tmp_path: Path) -> None:
     theirs = logits_of(transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
     assert (theirs - ours).square().mean() <= 2 * (exact - ours).square().mean()
     assert (theirs - ours).square().mean() <= 1e-2 * ours.square().mean()
+
+
+@functools.cache
+def static() -> LLM:
+    return LLM(byte_model(), byte_tokenizer(), num_blocks=8, quantization="w8a8-static", calibration=CALIBRATION)
+
+
+def test_transformers_reads_static_scales_and_so_do_we(tmp_path: Path) -> None:
+    static().save(tmp_path / "model")
+    ours, exact = static().logits(TOKENS), logits_of(byte_model())
+    theirs = logits_of(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32))
+    assert (theirs - ours).square().mean() <= 2 * (exact - ours).square().mean()
+    assert (theirs - ours).square().mean() <= 1e-2 * ours.square().mean()
+    served = LLM(as_checkpoint(tmp_path / "model"), num_blocks=8)
+    assert torch.equal(served.logits(TOKENS), ours)
+
+
+def test_steps_that_differ_for_one_input_are_not_merged_away(tmp_path: Path) -> None:
+    static().save(tmp_path / "model")
+    path = as_checkpoint(tmp_path / "model") / WEIGHTS
+    stored = load_file(path)
+    stored["model.layers.0.self_attn.k_proj.input_scale"] *= 2
+    save_file(stored, path, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="steps of their own") as caught:
+        LLM(tmp_path / "model", num_blocks=8)
+    assert caught.value.field == "input_scale"
+    apart = LLM(tmp_path / "model", num_blocks=8, disable="merge_linears").logits(TOKENS)
+    assert 0 < (apart - static().logits(TOKENS)).norm() < 0.2 * apart.norm()
 
 
 @settings(max_examples=40, deadline=None)

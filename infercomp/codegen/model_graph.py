@@ -30,7 +30,8 @@ class ModelGraph:
     ``input_names`` lists the inputs in call order; ``mutated_inputs`` the inputs whose new values
     lead the outputs; ``weight_sources`` the model's own parameter names; ``frozen`` says that no one
     but infercomp holds the weights, so that values computed from them may be folded; ``stored_integers`` reads
-    the codes, scales and zeros of weights that come quantised, whose tensors are zeros until these take their place.
+    the codes, scales and zeros of weights that come quantised, whose tensors are zeros until these take their place;
+    ``stored_steps`` has the step of the grid that the inputs of some of them are on.
     ``output_orders`` holds, for each output that is dense in memory, its dimensions from the outermost
     to the innermost: callers may rely on the model's own strides.
     """
@@ -43,6 +44,7 @@ class ModelGraph:
     weight_sources: dict[str, str] = field(default_factory=dict)
     frozen: bool = False
     stored_integers: dict[str, Callable[[], tuple[torch.Tensor, ...]]] = field(default_factory=dict)
+    stored_steps: dict[str, float] = field(default_factory=dict)
     output_orders: tuple[tuple[int, ...] | None, ...] = ()
     known_values: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
     """Fake results by call and descriptions of its arguments: layers repeat, and so do their calls."""

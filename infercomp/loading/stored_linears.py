@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from infercomp.codegen.ops.group_codes import CODE_BITS, highest_code, middle_code, unpacked_codes
-from infercomp.loading.compressed_tensors import PACKED, SCALE, SHAPE, WEIGHT, ZERO, as_bytes, program_form
+from infercomp.loading.compressed_tensors import INPUT_SCALE, PACKED, SCALE, SHAPE, WEIGHT, ZERO, as_bytes, program_form
 from infercomp.loading.safetensors_file import StoredTensor
 from infercomp.runtime.config import describe
 from infercomp.runtime.errors import ModelLoadError
@@ -28,7 +28,8 @@ _GPTQ_SUFFIXES = (".qweight", ".qzeros", ".scales", ".g_idx")
 class StoredLinear:
     """One linear in integers: how it is quantised, its [N, K], and ``read``, which gives codes, scales and zeros.
 
-    ``group_size`` is None for a scale a row; ``activation_bits`` is 8 where activations are rounded per token.
+    ``group_size`` is None for a scale a row; ``activation_bits`` is 8 where activations are rounded, each token by a
+    scale of its own or all by ``input_step``.
     """
 
     weight_bits: int
@@ -37,6 +38,7 @@ class StoredLinear:
     symmetric: bool
     shape: tuple[int, int]
     read: Callable[[], Integers]
+    input_step: float | None = None
 
 
 def stored_linears(
@@ -53,7 +55,7 @@ def stored_linears(
 
 def tensors_of_integers(layers: Mapping[str, StoredLinear], stored: Mapping[str, StoredTensor]) -> set[str]:
     """The names of all tensors that belong to these layers."""
-    suffixes = (PACKED, SCALE, ZERO, SHAPE, WEIGHT, ".weight_g_idx", *_GPTQ_SUFFIXES)
+    suffixes = (PACKED, SCALE, ZERO, SHAPE, WEIGHT, INPUT_SCALE, ".weight_g_idx", *_GPTQ_SUFFIXES)
     return {f"{layer}{suffix}" for layer in layers for suffix in suffixes} & stored.keys()
 
 
@@ -122,7 +124,8 @@ def _compressed_linear(
             return codes, scales
         return codes, scales, program_form(zeros.name, zeros.read(), tuple(scales.shape), torch.uint8, bits)
 
-    return StoredLinear(bits, _activation_bits(group, place), group_size, is_symmetric, shape, read)
+    activation_bits, step = _activations(group, stored.get(f"{layer}{INPUT_SCALE}"), place)
+    return StoredLinear(bits, activation_bits, group_size, is_symmetric, shape, read, step)
 
 
 def _group_size(weights: Mapping[str, Any], num_inputs: int, bits: int, place: str) -> int | None:
@@ -134,15 +137,24 @@ def _group_size(weights: Mapping[str, Any], num_inputs: int, bits: int, place: s
     return group_size
 
 
-def _activation_bits(group: Mapping[str, Any], place: str) -> int:
+def _activations(group: Mapping[str, Any], scale: StoredTensor | None, place: str) -> tuple[int, float | None]:
+    """Their bits, and the step of all tokens where it is no token's own."""
     activations = group.get("input_activations")
     if not activations:
-        return 16
-    wanted = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-    for field, value in wanted.items():
+        return 16, None
+    is_static = activations.get("strategy") == "tensor" and activations.get("dynamic") is False
+    kind = {"strategy": "tensor", "dynamic": False} if is_static else {"strategy": "token", "dynamic": True}
+    for field, value in {"num_bits": 8, "type": "int", "symmetric": True, **kind}.items():
         if activations.get(field) != value:
             raise _unknown("input_activations", f"{field} {activations.get(field)}", place)
-    return 8
+    if not is_static:
+        return 8, None
+    if scale is None:
+        raise _lacks(f"{place.rpartition(', ')[2]}{INPUT_SCALE}", place)
+    values = scale.read().float().flatten()
+    if len(values) != 1 or not bool(values.isfinite().all() and (values > 0).all()):
+        raise _unknown("input_scale", f"no positive number of {list(scale.shape)}", place)
+    return 8, float(values)
 
 
 def _gptq(quantization: Mapping[str, Any], stored: Mapping[str, StoredTensor], where: str) -> dict[str, StoredLinear]:

@@ -3,9 +3,10 @@
     quantize_per_token(x)    ->    quantize_per_tensor(x, step)        later, in quantize_linears
 
 For layers whose recipe has ``activation_scale="tensor"``: the step of 8 bits is the largest magnitude of x over the
-calibration samples, or an ``activation_percentile`` of the magnitudes, divided by 127; larger ones are clipped. Changes
-nothing itself: the step is a part of what is decided of the weights that read x. It comes after smoothing and split
-channels, which change what x is. It needs weights that the graph owns (``frozen``), as the step becomes one of them.
+calibration samples, or an ``activation_percentile`` of the magnitudes, divided by 127; larger ones are clipped. Linears
+that come in integers from a checkpoint bring their steps. Changes nothing itself: the step is a part of what is decided
+of the weights that read x. It comes after smoothing and split channels, which change what x is. It needs weights that
+the graph owns (``frozen``), as the step becomes one of them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,11 @@ from .static_grids import is_static, step_of
 
 def run(model_graph: ModelGraph, context: PassContext) -> None:
     recipe = context.config.recipe
-    if recipe is None or not any(is_static(each) for _, each in recipe.rules):
+    if recipe is None:
+        return
+    if model_graph.stored_steps:
+        _take_stored(model_graph, context, QuantizableLinears(model_graph, context, recipe))
+    if not any(is_static(each) for _, each in recipe.rules):
         return
     if not model_graph.frozen:
         what = "scales of activations become weights of the graph, and those of torch.compile are the user's"
@@ -58,6 +63,15 @@ def run(model_graph: ModelGraph, context: PassContext) -> None:
     layers = {source: linears.names[nodes[0]][0][0] for source, nodes in readers.items()}
     settings = [f"{source.name} {percentile}" for source, percentile in percentiles.items()]
     observe(model_graph, context.calibration, layers, f"fix_activation_scales {settings}", measure, decide)
+
+
+def _take_stored(model_graph: ModelGraph, context: PassContext, linears: QuantizableLinears) -> None:
+    """The steps of a checkpoint whose linears come in integers, and which nothing else could find."""
+    for node, recipe in linears.chosen.items():
+        name = parameters_of(node)[0].name
+        if name in model_graph.stored_steps and context.claim(node) is not None:
+            step = model_graph.stored_steps[name]
+            context.decisions[name] = Decision(recipe, "the checkpoint", tuple(linears.names[node][0]), step)
 
 
 def _percentile(recipe: LinearRecipe) -> float | None:

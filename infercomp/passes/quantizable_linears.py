@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..codegen.model_graph import ModelGraph, aten, value_of
+from ..codegen.model_graph import ModelGraph, aten, source_line, value_of
 from ..codegen.ops import linear, merge_weights
+from ..runtime.errors import ConfigError
 from .graph_pass import Decision, PassContext, is_float_tensor
 from .linear_recipes import LinearRecipe, Recipe
 from .recipe_layers import Names, check_group, check_patterns, layer_names, recipe_for
@@ -56,9 +57,19 @@ class QuantizableLinears:
         return next((each for each in decisions if each is not None), None)
 
     def input_step(self, node: fx.Node) -> float | None:
-        """The step that is decided for the input of a linear, or None where each token finds its own."""
-        decision = self._decision(node)
-        return None if decision is None else decision.input_step
+        """The step that is decided for the input of a linear, or None where each token finds its own.
+
+        Raises ConfigError where the parts of a merged weight came with steps of their own.
+        """
+        decisions = [self._decisions.get(source.name) for source in sources_of(parameters_of(node)[0])]
+        steps = {None if each is None else each.input_step for each in decisions}
+        if len(steps) > 1:
+            what = (
+                f"{self.names[node][0][0]} and {self.names[node][-1][0]} have one input and steps of their own for it"
+            )
+            remedy = 'leave them apart: disable=["merge_linears"]'
+            raise ConfigError(what, where=source_line(node), remedy=remedy, field="input_scale")
+        return steps.pop()
 
     def _recipe_of(self, node: fx.Node, recipe: Recipe, names: Names) -> LinearRecipe | None:
         decision = self._decision(node)
