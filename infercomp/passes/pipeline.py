@@ -23,6 +23,7 @@ from .fold_constants import FOLD_CONSTANTS
 from .fuse_embedding_norm import FUSE_EMBEDDING_NORM
 from .fuse_gated_epilogue import FUSE_GATED_EPILOGUE
 from .fuse_linear_epilogue import FUSE_LINEAR_EPILOGUE
+from .fuse_norm_gather import FUSE_NORM_GATHER
 from .fuse_norm_quantize import FUSE_NORM_QUANTIZE
 from .fuse_pointwise import FUSE_POINTWISE
 from .fuse_residual_norm import FUSE_RESIDUAL_NORM
@@ -76,6 +77,7 @@ PIPELINE: tuple[Pass, ...] = (
     FUSE_LINEAR_EPILOGUE,
     FUSE_RESIDUAL_NORM,
     FUSE_EMBEDDING_NORM,
+    FUSE_NORM_GATHER,
     FUSE_NORM_QUANTIZE,
     FUSE_ROTARY_WRITE,
     FUSE_POINTWISE,

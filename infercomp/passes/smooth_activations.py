@@ -21,16 +21,15 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from ..codegen.model_graph import ModelGraph, aten, same_shape, same_size, shape_of, value_of
-from ..codegen.ops import attention, gated_activation, layer_norm, linear, rms_norm
+from ..codegen.model_graph import ModelGraph, aten, value_of
+from ..codegen.ops import gated_activation, layer_norm, linear, rms_norm
 from ..runtime.errors import ConfigError
 from .calibration import Calibration, Tensors, largest_of_channels, observe, power_mean_of_channels
 from .graph_pass import Pass, PassContext
 from .linear_recipes import Recipe, Smoothing
+from .producing_linears import NoProducerError, Producers, ProducingLinear
 from .recipe_layers import check_patterns, layer_names, recipe_for
 from .smoothing_scales import SEARCHED_ALPHAS, errors_of_rounding, searched_tokens, smoothing_scales
-
-_HEADS_BEHIND_TOKENS = [0, 2, 1, 3]
 
 
 def run(model_graph: ModelGraph, context: PassContext) -> None:
@@ -83,17 +82,12 @@ class _Place:
         return {"channels": of_channels, **({"tokens": searched_tokens(values)} if self.is_searched else {})}
 
 
-class _NoProducerError(Exception):
-    """Why scales cannot be folded, as a near miss says it."""
-
-
 class _Smoother:
     def __init__(self, model_graph: ModelGraph, context: PassContext, recipe: Recipe) -> None:
         self._model_graph = model_graph
         self._context = context
         self._recipe = recipe
-        addresses = [tensor.data_ptr() for tensor in model_graph.weights.values() if tensor.numel()]
-        self._shared_addresses = {address for address in addresses if addresses.count(address) > 1}
+        self._producers = Producers(model_graph)
 
     def smooth(self, calibration: Calibration) -> None:
         names = {node: [layer_names(self._model_graph, node.args[1])] for node in self._linears()}
@@ -129,7 +123,7 @@ class _Smoother:
                 continue
             try:
                 producer = self._producer(source, linears, len(smoothings))
-            except _NoProducerError as error:
+            except NoProducerError as error:
                 self._context.near_miss(linears[0], str(error))
                 continue
             smoothing = smoothings.pop()
@@ -168,29 +162,29 @@ class _Smoother:
 
     def _producer(self, source: fx.Node, linears: list[fx.Node], num_smoothings: int) -> _Producer:
         if value_of(source).dtype == torch.float16:
-            raise _NoProducerError("float16 has too few exponents for its weights to be scaled exactly")
+            raise NoProducerError("float16 has too few exponents for its weights to be scaled exactly")
         if num_smoothings > 1:
-            raise _NoProducerError("linears of one input are to be smoothed in different ways")
+            raise NoProducerError("linears of one input are to be smoothed in different ways")
         for node in linears:
-            self._require_own(node.args[1], "its weight")
-        self._require_readers(source, linears)
+            self._producers.require_own(node.args[1], "its weight")
+        self._producers.require_readers(source, linears)
         if source.target in (rms_norm.overload, layer_norm.overload):
             return self._norm(source)
         if source.target == gated_activation.overload:
             return self._gated(source)
         if source.target == aten.reshape.default:
             return self._attention(source)
-        raise _NoProducerError(f"its input is made by {source.target}, which scales cannot be divided out of")
+        raise NoProducerError(f"its input is made by {source.target}, which scales cannot be divided out of")
 
     def _norm(self, norm: fx.Node) -> _Producer:
         parameters = norm.args[1:3] if norm.target == layer_norm.overload else norm.args[1:2]
         if len(norm.args) > 3 and norm.target == rms_norm.overload and norm.args[3]:
             return _Producer(lambda scales: self._multiply_behind(norm, scales))
         if parameters[0] is None:
-            raise _NoProducerError("the norm before it has no weight")
+            raise NoProducerError("the norm before it has no weight")
         vectors = [each for each in parameters if each is not None]
         for vector in vectors:
-            self._require_own(vector, "a parameter of the norm before it")
+            self._producers.require_own(vector, "a parameter of the norm before it")
 
         def divide(scales: torch.Tensor) -> None:
             for vector in vectors:
@@ -210,69 +204,24 @@ class _Smoother:
             reader.replace_input_with(norm, scaled)
 
     def _gated(self, gated: fx.Node) -> _Producer:
-        return _Producer(self._rows_of(gated.args[1], gated, "up"))
+        return _Producer(self._rows_of(self._producers.linear(gated.args[1], [gated], "up")))  # type: ignore[arg-type]
 
     def _attention(self, source: fx.Node) -> _Producer:
         """The scales of o's input go into v's rows: attention is linear in the values, head by head."""
-        permute, call = source.args[0], None
-        if _is_permute(permute):
-            call = permute.args[0]
-        if call is None or call.target != attention.overload:
-            raise _NoProducerError("its input is a view of no attention, which scales cannot be divided out of")
-        value = call.args[2]
-        split = value.args[0] if _is_permute(value) else None
-        if split is None or split.target != aten.reshape.default:
-            raise _NoProducerError("the values of the attention before it are not the heads of one linear")
-        _require_heads(source, permute)
-        _require_heads(split.args[0], split)
-        for node, reader in ((permute, source), (call, permute), (value, call), (split, value)):
-            self._require_readers(node, [reader])
-        num_heads, num_value_heads = (int(shape_of(node)[1]) for node in (call, value))
-        divide = self._rows_of(split.args[0], split, "value")
-        return _Producer(divide, num_value_heads, num_heads // num_value_heads)
+        found = self._producers.values(source)
+        return _Producer(self._rows_of(found.linear), found.num_heads, found.num_repeats)
 
-    def _rows_of(self, node: fx.Node, reader: fx.Node, role: str) -> Callable[[torch.Tensor], None]:
-        if node.target != linear.overload:
-            raise _NoProducerError(f"the {role} linear before it has no weight of its own")
-        self._require_readers(node, [reader])
-        weight, bias = (*node.args[1:], None)[:2]
-        self._require_own(weight, f"the weight of the {role} linear before it")
-        if bias is not None:
-            self._require_own(bias, f"the bias of the {role} linear before it")
-
+    def _rows_of(self, producer: ProducingLinear) -> Callable[[torch.Tensor], None]:
         def divide(scales: torch.Tensor) -> None:
-            self._multiply(weight, 1 / scales, 1 - _input_dim(node))
-            if bias is not None:
-                self._multiply(bias, 1 / scales, 0)
+            self._multiply(producer.weight, 1 / scales, producer.output_dim)
+            if producer.bias is not None:
+                self._multiply(producer.bias, 1 / scales, 0)
 
         return divide
-
-    def _require_own(self, weight: fx.Node, what: str) -> None:
-        if not self._model_graph.is_weight(weight):
-            raise _NoProducerError(f"{what} is computed, not a parameter")
-        address = self._model_graph.weights[weight.name].data_ptr()
-        if len(weight.users) > 1 or address in self._shared_addresses:
-            raise _NoProducerError(f"{what} is also used elsewhere")
-
-    def _require_readers(self, node: fx.Node, readers: list[fx.Node]) -> None:
-        if set(node.users) != set(readers):
-            raise _NoProducerError(f"{node.name} is also read elsewhere")
 
 
 def _input_dim(node: fx.Node) -> int:
     return 0 if node.kwargs.get("transposed", False) else 1
-
-
-def _is_permute(node: fx.Node) -> bool:
-    return node.target == aten.permute.default and list(node.args[1]) == _HEADS_BEHIND_TOKENS  # type: ignore[arg-type]
-
-
-def _require_heads(flat: fx.Node, heads: fx.Node) -> None:
-    """Refuse all but [B, S, H * D] beside [B, S, H, D]."""
-    whole, split = shape_of(flat), shape_of(heads)
-    is_split = len(whole) == 3 and len(split) == 4 and same_shape(whole[:2], split[:2])
-    if not is_split or not same_size(whole[2], split[2] * split[3]):
-        raise _NoProducerError("heads do not lie side by side in its input")
 
 
 SMOOTH_ACTIVATIONS = Pass(

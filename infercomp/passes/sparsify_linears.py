@@ -4,12 +4,15 @@
 
     y = linear(x, w)    ->    y = linear(x[order], mask * w[:, order])                with ``permute``
 
+    y = down(act(gate(x)) * up(x))    ->    the same with the rows of gate and up in the order that down wants
+
 Does nothing unless the option ``sparsity`` says which are kept: ``NM(2, 4, score="wanda")``. The LM head stays dense.
-With ``permute`` the order of input channels is searched that keeps most, one for all linears of one input, which is
-gathered in it. ``layers`` names those that may become sparse; with a ``density`` only those of them do that cost least
-when each is made sparse alone. The pass comes before weights are smoothed and rounded: a grid with a code for zero
-keeps zeros as they are. It needs weights that the graph owns (``frozen``). Layers are taken in the graph's order, and
-each sees what those before it have become.
+With ``permute`` the order of input channels is searched that keeps most, one for all linears of one input. It is folded
+into what makes the input where that is free (``order_folds``); elsewhere the input is gathered in it. ``layers`` names
+those that may become sparse; with a ``density`` only those of them do that cost least when each is made sparse alone.
+The pass comes before weights are smoothed and rounded: a grid with a code for zero keeps zeros as they are. It needs
+weights that the graph owns (``frozen``). Layers are taken in the graph's order, and each sees what those before it have
+become.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ from .config import nearest_name
 from .graph_pass import NumericClass, Pass, PassContext
 from .linear_recipes import GOBO, W8A16, Recipe, fits
 from .n_m_sparsity import NM
-from .permutation_search import permutation_search
+from .order_folds import OrderFold, order_fold
+from .producing_linears import NoProducerError, Producers
 from .quantizable_linears import QuantizableLinears, parameters_of
 from .rounding import GPTQ
 from .sparse_masks import masked, scores_of, sparsegpt
@@ -58,7 +62,7 @@ def run(model_graph: ModelGraph, context: PassContext) -> None:
             site.replaced[node.name] = node.name
             readers.setdefault(node.args[0], []).append(node)  # type: ignore[arg-type]
 
-    sparsifier = _Sparsifier(model_graph, sparsity)
+    sparsifier = _Sparsifier(model_graph, context, sparsity, readers)
     if context.calibration is None or not sparsity.has_measured_score:
         for source, nodes in readers.items():
             sparsifier.take(source, sparsifier.pruned(nodes, None))
@@ -67,11 +71,11 @@ def run(model_graph: ModelGraph, context: PassContext) -> None:
             model_graph,
             context.calibration,
             {source: layers[source] for source in readers},
-            f"sparsify_linears {sparsity.to_json()}",
+            f"sparsify_linears {sparsity.to_json()} {sparsifier.described_folds()}",
             lambda source, values: sparsifier.pruned(readers[source], second_moment(values)),
             sparsifier.take,
         )
-    sparsifier.permute(readers)
+    sparsifier.permute()
 
 
 def _candidates(
@@ -117,10 +121,24 @@ def _swept(
 class _Sparsifier:
     """Makes the weights of one graph's linears sparse, and then puts channels into the order in which they are N:M."""
 
-    def __init__(self, model_graph: ModelGraph, sparsity: NM) -> None:
+    def __init__(
+        self, model_graph: ModelGraph, context: PassContext, sparsity: NM, readers: Mapping[fx.Node, list[fx.Node]]
+    ) -> None:
         self._model_graph = model_graph
         self._sparsity = sparsity
+        self._readers = readers
         self._orders: dict[fx.Node, torch.Tensor] = {}
+        self._folds: dict[fx.Node, OrderFold] = {}
+        producers = Producers(model_graph)
+        for source, nodes in readers.items() if sparsity.search is not None else ():
+            try:
+                self._folds[source] = order_fold(model_graph, producers, source, nodes, sparsity.m)
+            except NoProducerError as error:
+                context.near_miss(nodes[0], f"its input is gathered in order: {error}")
+
+    def described_folds(self) -> list[str]:
+        """What of the folds the orders depend on."""
+        return [f"{source.name} {each.num_heads} {each.num_repeats}" for source, each in self._folds.items()]
 
     def pruned(self, readers: Sequence[fx.Node], moment: torch.Tensor | None) -> Tensors:
         """The sparse weights of linears that read one input, channels where they were, and the order, if any."""
@@ -128,7 +146,8 @@ class _Sparsifier:
         order = torch.arange(rows[readers[0]].shape[1])
         if self._sparsity.search is not None:
             scores = torch.cat([scores_of(each, moment, self._sparsity) for each in rows.values()])
-            order = permutation_search(scores, (self._sparsity.n, self._sparsity.m), self._sparsity.search)
+            fold = self._folds.get(readers[0].args[0], OrderFold(()))  # type: ignore[arg-type]
+            order = fold.search(scores, (self._sparsity.n, self._sparsity.m), self._sparsity.search)
         found: dict[str, torch.Tensor] = {_ORDER: order}
         for node, weight in rows.items():
             of_order = None if moment is None else moment[order][:, order]
@@ -142,20 +161,27 @@ class _Sparsifier:
         self._orders[source] = found[_ORDER]
         self._model_graph.weights |= {name: each for name, each in found.items() if name != _ORDER}
 
-    def permute(self, readers: Mapping[fx.Node, Sequence[fx.Node]]) -> None:
+    def permute(self) -> None:
         """Where an order was searched, linears read their input in it, and their weights' channels are in it."""
         if self._sparsity.search is None:
             return
-        for source, nodes in readers.items():
+        for source, nodes in self._readers.items():
             order = self._orders[source]
-            with self._model_graph.inserting_before(min(nodes)) as emit:
-                dim, constant = value_of(source).dim() - 1, self._constant(f"{source.name}{CHANNEL_ORDER}", order)
-                permuted = emit(aten.index_select.default, source, dim, constant)
             for node in nodes:
                 name, is_transposed = _weight_of(node)
                 weight = self._model_graph.weights[name]
                 self._model_graph.weights[name] = weight.index_select(0 if is_transposed else 1, order)
-                node.replace_input_with(source, permuted)
+            if source in self._folds:
+                self._folds[source].apply(self._model_graph, order)
+            else:
+                self._gather(source, nodes, order)
+
+    def _gather(self, source: fx.Node, nodes: Sequence[fx.Node], order: torch.Tensor) -> None:
+        with self._model_graph.inserting_before(min(nodes)) as emit:
+            dim, constant = value_of(source).dim() - 1, self._constant(f"{source.name}{CHANNEL_ORDER}", order)
+            permuted = emit(aten.index_select.default, source, dim, constant)
+        for node in nodes:
+            node.replace_input_with(source, permuted)
 
     def _rows(self, node: fx.Node) -> torch.Tensor:
         name, is_transposed = _weight_of(node)
