@@ -208,6 +208,7 @@ RECIPES: dict[str, Recipe] = {
     "peg-even": W8A8(embedding_groups=6),
     "hawq": HAWQ(),
     "qbert": HAWQ(choices=(W8A8(), W4A8(64, True)), sensitivity="eigenvalue"),
+    "hawq-gptq": HAWQ(bits_per_weight=5.5, choices=(W8A16(), W4A16(32, True, GPTQ()))),
     "gobo": GOBO(),
     "w8a16": W8A16(),
     "w8a16-search": W8A16(rounding=ScaleSearch(num_candidates=64, smallest=0.75)),
