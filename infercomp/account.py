@@ -8,6 +8,8 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from .bench.engine_runs import decoding
 from .bench.protocol import stopwatch
 from .llm import LLM
@@ -22,13 +24,15 @@ class Size:
     """Weights as they are stored: codes, scales and zeros, or floats of the model's own dtype.
 
     ``bits_per_weight`` and ``linear_bytes`` are of all linears but the LM head; ``model_bytes`` of everything;
-    ``kv_bytes_per_token`` what one token takes in the cache.
+    ``kv_bytes_per_token`` what one token takes in the cache. ``density`` is the part of these linears' weights that is
+    not zero; codes of groups count as weights that are none.
     """
 
     bits_per_weight: float
     linear_bytes: int
     model_bytes: int
     kv_bytes_per_token: int
+    density: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -74,11 +78,15 @@ def account_of(
 def size_of(served: ServedModel) -> Size:
     """The size of the weights that a model was bound with; one memory of two names counts once."""
     num_bytes: dict[str, int] = {}
+    num_zeros: dict[str, int] = {}
+    values = {each.tensors[0]: each.num_weights for each in served.form.linears if not each.is_head}
     own: dict[Hashable, int] = {}
     # What is packed is made anew as it is asked for, at an address that says nothing.
     packed = {name for each in served.program.packed_weights for name in each.source_names}
     for name, tensor in served.source_weights():
         num_bytes[name] = tensor.numel() * tensor.element_size()
+        if name in values and tensor.dtype != torch.uint8:
+            num_zeros[name] = values[name] - int(tensor.count_nonzero())
         own[name if name in packed else (tensor.data_ptr(), tuple(tensor.shape), tensor.dtype)] = num_bytes[name]
     linears = {each.tensors: each for each in served.form.linears if not each.is_head}.values()
     linear_bytes = sum(num_bytes[tensor] for each in linears for tensor in each.tensors)
@@ -88,6 +96,7 @@ def size_of(served: ServedModel) -> Size:
         linear_bytes,
         sum(own.values()),
         sum(spec.bytes_per_token for spec in served.form.cache_specs),
+        1 - sum(num_zeros.values()) / num_weights if num_weights else 1.0,
     )
 
 

@@ -19,6 +19,7 @@ from .report import print_layer_errors
 from .runtime.errors import ConfigError
 
 _MEGA = 1e6
+_SPARSE_BELOW = 0.9
 _HEADINGS = ("bits", "linears", "all MB", "KL", "p99", "top-1", "ppl", "tok/s")
 
 
@@ -78,6 +79,8 @@ def print_accounts(accounts: Sequence[Account], console: Console) -> None:
     line = f"{quality.num_tokens} tokens; {size.kv_bytes_per_token} bytes of cache a token in the reference"
     others = [each for each in accounts[1:] if each.size.kv_bytes_per_token != size.kv_bytes_per_token]
     line += "".join(f", {each.size.kv_bytes_per_token} in {each.name}" for each in others)
+    sparse = [each for each in accounts if each.size.density < _SPARSE_BELOW]
+    line += "".join(f"; {each.size.density:.1%} of the linears' weights are not zero in {each.name}" for each in sparse)
     console.print(line, style="dim", highlight=False)
     for each in accounts:
         print_layer_errors(each.layer_errors, console)

@@ -3,7 +3,8 @@
 A Gaussian is fitted to all weights of a layer; those whose log density is below a threshold are outliers. The rest is
 sorted into 2^bits bins of equal population, whose means are the first centroids. Then each weight goes to the nearest
 centroid and centroids become the means of their weights, as in K-means, but only until the sum of the distances (L1)
-falls no further: K-means goes on until the sum of their squares does, which takes many times as long.
+falls no further. With ``fit="squares"`` it goes on as K-means does, until no weight changes its centroid, which takes
+many times as long.
 """
 
 from __future__ import annotations
@@ -46,18 +47,21 @@ def is_outlier(weight: Tensor, log_density: float) -> Tensor:
     return densities < log_density
 
 
-def fitted_centroids(values: Tensor, num_bins: int) -> tuple[Tensor, list[float]]:
-    """Centroids float64 [num_bins], ascending, of values [M] (at least num_bins), and the falling L1 norms."""
+def fitted_centroids(values: Tensor, num_bins: int, fit: str = "l1") -> tuple[Tensor, list[float]]:
+    """Centroids float64 [num_bins], ascending, of values [M] (at least num_bins), and the L1 norm of each iteration."""
     ordered = values.detach().double().flatten().sort().values
     sums = torch.cat((ordered.new_zeros(1), ordered.cumsum(0)))
     edges = torch.arange(num_bins + 1) * len(ordered) // num_bins
     centroids, norms = _means(sums, edges, ordered.new_zeros(num_bins)), list[float]()
     best = centroids
     while True:
+        known = edges.clone()
         edges[1:-1] = torch.searchsorted(ordered, (centroids[1:] + centroids[:-1]) / 2)
         norm = _distance(ordered, sums, edges, centroids)
-        if norms and norm >= norms[-1] * (1 - _LEAST_FALL):
+        if fit == "l1" and norms and norm >= norms[-1] * (1 - _LEAST_FALL):
             return best, norms
+        if fit == "squares" and norms and torch.equal(edges, known):
+            return centroids, norms
         norms.append(norm)
         best, centroids = centroids, _means(sums, edges, centroids)
 
@@ -83,7 +87,7 @@ def clusters_of(weight: Tensor, recipe: GOBO) -> tuple[Tensor, Tensor, Tensor, T
     values = weight.detach().double()
     outliers = is_outlier(weight, recipe.outlier_log_density)
     outliers.flatten()[(values - values.mean()).abs().argmax()] = True
-    centroids = fitted_centroids(values[~outliers], 2**recipe.bits)[0].float()
+    centroids = fitted_centroids(values[~outliers], 2**recipe.bits, recipe.fit)[0].float()
     codes = torch.bucketize(values, (centroids[1:].double() + centroids[:-1].double()) / 2)
     table = centroids.expand(len(weight) // ROWS_OF_TABLE, -1).contiguous()
     excess = (values[outliers] - centroids[codes[outliers]].double()).float()

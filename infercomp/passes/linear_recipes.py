@@ -201,6 +201,9 @@ class W8A8(LinearRecipe):
             if not is_static:
                 what = 'a token\'s scale is its maximum: activation_percentile needs activation_scale="tensor"'
                 raise ConfigError(what, field="activation_percentile")
+        if is_static and self.smooth_alpha == "search":
+            what = "the search for alpha rounds each token by a scale of its own"
+            raise ConfigError(what, remedy="give smooth_alpha a number", field="smooth_alpha")
         if is_static and self.embedding_groups is not None:
             what = "embedding_groups have a scale for each token"
             raise ConfigError(what, remedy='activation_scale="token"', field="activation_scale")
@@ -270,9 +273,15 @@ class GOBO(LinearRecipe):
     outlier_log_density: float = -4.0
     """A weight is an outlier where the logarithm of the density of the Gaussian fitted to its layer is below it."""
 
+    fit: str = "l1"
+    """What centroids are moved for: until the "l1" distances fall no further, as in the paper, or until no weight
+    changes its centroid ("squares", K-means)."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require_int(self.bits, "bits", 2, 4)
+        if self.fit not in ("l1", "squares"):
+            raise ConfigError(f'fit must be "l1" or "squares", not {describe(self.fit)}', field="fit")
         require_number(self.outlier_log_density, "outlier_log_density", "that is finite", low=-math.inf)
         if self.group_size is not None:
             raise ConfigError("centroids are those of a layer: group_size must be None", field="group_size")

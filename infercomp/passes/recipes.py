@@ -210,6 +210,7 @@ RECIPES: dict[str, Recipe] = {
     "qbert": HAWQ(choices=(W8A8(), W4A8(64, True)), sensitivity="eigenvalue"),
     "hawq-gptq": HAWQ(bits_per_weight=5.5, choices=(W8A16(), W4A16(32, True, GPTQ()))),
     "gobo": GOBO(),
+    "gobo-squares": GOBO(fit="squares"),
     "w8a16": W8A16(),
     "w8a16-search": W8A16(rounding=ScaleSearch(num_candidates=64, smallest=0.75)),
     "w8a16-g32-sym": W8A16(32),

@@ -60,6 +60,21 @@ def test_centroids_are_those_of_plain_loops(seed: int, count: int, num_bins: int
     assert all(after < before for before, after in itertools.pairwise(norms))
 
 
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 2**31), st.integers(16, 300), st.sampled_from((4, 8, 16)))
+def test_squares_end_where_no_value_is_nearer_to_another_mean(seed: int, count: int, num_bins: int) -> None:
+    values = torch.randn(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    centroids, norms = fitted_centroids(values, num_bins, "squares")
+    nearest = (values[:, None] - centroids).abs().argmin(1)
+    for number in nearest.unique():
+        assert float(values[nearest == number].mean()) == pytest.approx(float(centroids[number]), abs=1e-9)
+    early, _ = fitted_centroids(values, num_bins)
+    squares, early_squares = (
+        float((values[:, None] - each).abs().amin(1).square().sum()) for each in (centroids, early)
+    )
+    assert squares <= early_squares * (1 + 1e-12) and norms
+
+
 def test_centroids_of_the_first_bins_alone_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted: means that do not follow their weights, so that nothing is iterated."""
     values = torch.randn(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -174,6 +174,7 @@ def test_layers_of_other_recipes_are_left_alone() -> None:
         ({"activation_scale": "tensor", "activation_percentile": 101}, "activation_percentile"),
         ({"activation_percentile": 99.9}, "activation_percentile"),
         ({"activation_scale": "tensor", "embedding_groups": 4}, "activation_scale"),
+        ({"activation_scale": "tensor", "smooth_alpha": "search"}, "smooth_alpha"),
     ],
 )
 def test_refusals_name_the_field(fields: dict[str, Any], field: str) -> None:

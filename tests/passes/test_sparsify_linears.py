@@ -14,6 +14,7 @@ from sparse_models import TOKENS, counts, of_layers, outputs, sparse
 
 import infercomp
 from infercomp import GOBO, GPTQ, LLM, NM, W3A16, W4A16, W8A8, ConfigError
+from infercomp.account import size_of
 from infercomp.codegen.model_graph import aten
 from infercomp.codegen.ops import linear
 from infercomp.codegen.ops.group_codes import unpacked_codes
@@ -167,6 +168,7 @@ def test_it_is_served_saved_and_composed_with_integers(tmp_path: Path) -> None:
     llm = LLM(byte_model(), byte_tokenizer(), num_blocks=8, sparsity=NM(3, 4, "wanda"), calibration=TOKENS)
     found = llm.logits(tokens)
     assert 0.01 < float((found - dense).norm() / dense.norm()) < 1
+    assert size_of(llm._served).density == pytest.approx(0.75, abs=1e-3)
     llm.save(tmp_path / "sparse")
     assert torch.equal(LLM(tmp_path / "sparse", num_blocks=8).logits(tokens), found)
     saved = LLM(byte_model(), num_blocks=8, quantization="w4a16-g32-sym", quantize_lm_head=False)
