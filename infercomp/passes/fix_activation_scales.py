@@ -58,7 +58,8 @@ def run(model_graph: ModelGraph, context: PassContext) -> None:
             name = parameters_of(node)[0].name
             known = context.decisions.get(name)
             decision = known or Decision(linears.chosen[node], "its recipe", tuple(linears.names[node][0]))
-            context.decisions[name] = dataclasses.replace(decision, input_step=step)
+            # A weight that several inputs are multiplied by has one step for all of them.
+            context.decisions[name] = dataclasses.replace(decision, input_step=max(step, decision.input_step or 0.0))
 
     layers = {source: linears.names[nodes[0]][0][0] for source, nodes in readers.items()}
     settings = [f"{source.name} {percentile}" for source, percentile in percentiles.items()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from graph_testing import captured as graph_of
 from graph_testing import copied
 from hypothesis import given
 from hypothesis import strategies as st
 from small_llm import byte_model, byte_tokenizer
+from torch import nn
 
 from infercomp import LLM, ConfigError
 from infercomp.codegen.model_graph import ModelGraph
@@ -32,6 +35,7 @@ CALIBRATION = Calibration(
     tuple({"input_ids": each[None], "position_ids": torch.arange(60)[None]} for each in TOKENS.split(60))
 )
 THROUGH = PIPELINE[: [each.name for each in PIPELINE].index("quantize_linears") + 1]
+NEEDED = {"recognize_linear", "fix_activation_scales", "quantize_linears"}
 steps = st.floats(1e-6, 1e4).map(lambda value: torch.tensor([value]))
 
 
@@ -164,6 +168,28 @@ def test_layers_of_other_recipes_are_left_alone() -> None:
     recipe = LayerRecipes((("*.o_proj", STATIC), ("*", W8A8())))
     model_graph, records = quantized(recipe)
     assert records["fix_activation_scales"].matches == 2 == len(model_graph.calls(quantize_per_tensor.overload))
+
+
+class Twice(nn.Module):
+    """One weight for two inputs, the second a hundred times the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Linear(32, 32, bias=False)
+        self.last = nn.Linear(32, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.tanh(self.shared(x.tanh()) + self.shared(100 * x)))
+
+
+def test_a_weight_that_two_inputs_share_clips_neither() -> None:
+    x = torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(0))
+    model_graph = graph_of(Twice(), x)
+    calibration = Calibration(({model_graph.input_names[0]: x},))
+    pipeline = tuple(dataclasses.replace(each, after=()) for each in PIPELINE if each.name in NEEDED)
+    run_pipeline(model_graph, PassConfig(quantization=STATIC), pipeline=pipeline, calibration=calibration)
+    steps = [float(model_graph.weights[node.args[1].name]) for node in model_graph.calls(quantize_per_tensor.overload)]
+    assert steps == [pytest.approx(100 * float(x.abs().max()) / 127)] * 2
 
 
 @pytest.mark.parametrize(
