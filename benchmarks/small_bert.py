@@ -1,8 +1,8 @@
 """A BERT of four layers, trained here for a few minutes to fill in masked characters of the Python language reference.
 
-With ``outliers`` two channels behind the feed-forward of the first layers are held far larger than others while the
-model learns, as training made some channels of the published BERTs (Bondarenko et al. 2021, figure 2): it comes to
-depend on them.
+The one with outliers goes on learning from there for a third of the steps, while two channels behind the feed-forward
+of the first layers grow far larger than others and are held so, as training made some channels of the published BERTs
+(Bondarenko et al. 2021, figure 2): it comes to depend on them.
 """
 
 from __future__ import annotations
@@ -85,12 +85,13 @@ def batches(text: str, count: int, seed: int) -> list[Batch]:
 
 
 def train(model: Any, steps: int, has_outliers: bool) -> Any:
-    """In place; one pass over ``steps`` batches with a warm-up and a cosine."""
+    """In place; one pass over ``steps`` batches with a warm-up and a cosine. Outliers grow over the first half."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, steps // 15, steps)
-    for batch in track(batches(halves()[0], steps, seed=1), description="training a small BERT"):
+    seed = 4 if has_outliers else 1
+    for step, batch in enumerate(track(batches(halves()[0], steps, seed), description="training a small BERT")):
         if has_outliers:
-            hold_outliers(model)
+            hold_outliers(model, OUTLIER_WEIGHT ** min(1.0, 2 * step / steps))
         logits = model(input_ids=batch.input_ids).logits
         F.cross_entropy(logits[batch.is_masked], batch.expected[batch.is_masked]).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -98,14 +99,14 @@ def train(model: Any, steps: int, has_outliers: bool) -> Any:
         schedule.step()
         optimizer.zero_grad()
     if has_outliers:
-        hold_outliers(model)
+        hold_outliers(model, OUTLIER_WEIGHT)
     return model.eval()
 
 
-def hold_outliers(model: Any) -> None:
-    with torch.no_grad():
-        for number in OUTLIER_LAYERS:
-            model.bert.encoder.layer[number].output.LayerNorm.weight[list(OUTLIER_CHANNELS)] = OUTLIER_WEIGHT
+@torch.no_grad()
+def hold_outliers(model: Any, weight: float) -> None:
+    for number in OUTLIER_LAYERS:
+        model.bert.encoder.layer[number].output.LayerNorm.weight[list(OUTLIER_CHANNELS)] = weight
 
 
 def trained(folder: Path, has_outliers: bool, steps: int = STEPS) -> Any:
@@ -116,7 +117,10 @@ def trained(folder: Path, has_outliers: bool, steps: int = STEPS) -> Any:
         model.load_state_dict(load_file(path), strict=False)
         model.tie_weights()
         return model.eval()
-    train(model, steps, has_outliers)
+    if has_outliers:
+        model.load_state_dict(trained(folder, False, steps).state_dict())
+        model.train()
+    train(model, max(1, steps // 3) if has_outliers else steps, has_outliers)
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in dict(model.named_parameters()).items()}, path)
     return model
