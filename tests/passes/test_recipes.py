@@ -38,13 +38,22 @@ linear_recipes = st.one_of(
     st.builds(
         W8A8,
         rounding=roundings,
+        smooth_alpha=st.none() | st.floats(0, 1),
+        activation_scale=st.just("tensor"),
+        activation_percentile=st.none() | st.floats(0, 100, exclude_min=True),
+    ),
+    st.builds(
+        W8A8,
+        rounding=roundings,
         embedding_groups=sizes.filter(lambda count: count > 1),
         embedding_group_sizes=st.sampled_from(("even", "fitted")),
     ),
     st.builds(W8A16, rounding=roundings),
     st.builds(W4A8, groups, st.booleans(), roundings),
     st.builds(W4A16, groups, st.booleans(), roundings),
-    st.builds(GOBO, bits=st.integers(2, 4), outlier_log_density=st.floats(-9, 9)),
+    st.builds(
+        GOBO, bits=st.integers(2, 4), outlier_log_density=st.floats(-9, 9), fit=st.sampled_from(("l1", "squares"))
+    ),
 )
 rules = st.tuples(st.text(min_size=1), st.none() | linear_recipes)
 weight_only = st.builds(W8A16, rounding=roundings) | st.builds(W4A16, groups, st.booleans())
