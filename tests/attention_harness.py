@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import infercomp.codegen.cpp
+from infercomp.codegen.cpp.toolchain import BITS_OF_SUMS
 from infercomp.codegen.ops import attention
 
 SUPPORT = Path(infercomp.codegen.cpp.__file__).parent / "support"
@@ -149,12 +150,12 @@ void write_kv_bfloat16(void* const* p, const int64_t* n) { write_kv<bf16>(p, n);
 }
 """
 
-COMPILE = ["g++", "-std=c++17", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
+COMPILE = ["g++", "-std=c++17", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", BITS_OF_SUMS]
 COMPILE += ["-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-iquote", str(SUPPORT)]
 # Less than this machine has is built with less effort: only its results matter here.
 VARIANTS = {"native": ["-O3", "-march=native", "-mprefer-vector-width=512"]}
 if platform.machine() == "x86_64":
-    VARIANTS |= {"avx2": ["-O2", "-mavx2", "-mfma"], "portable": ["-O1"]}
+    VARIANTS |= {"avx2": ["-O2", "-mavx2", "-mfma", "-mtune=znver3"], "portable": ["-O1"]}
 # The code for machines that multiply pairs of bfloat16, where the machine has all of AVX-512 but these instructions.
 PRETENDING = ["-O1", "-march=native", "-DPRETEND_BFLOAT16_PRODUCTS"]
 

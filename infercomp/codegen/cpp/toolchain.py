@@ -17,7 +17,10 @@ from ...runtime.errors import BuildError, CompilerRefusedError
 from ..config import CodegenConfig
 
 SUPPORT = Path(__file__).parent / "support"
-_COMMON = ("-std=c++17", "-O3", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-w")
+# Tuned for some processors, GCC adds products to a chain of sums in one instruction here and in two there, as the code
+# around it has it: a row's bits would depend on how many rows are with it.
+BITS_OF_SUMS = "--param=avoid-fma-max-bits=0"
+_COMMON = ("-std=c++17", "-O3", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", BITS_OF_SUMS, "-w")
 INSTRUCTION_SETS = {
     "native": ("-march=native", "-mprefer-vector-width=512"),
     "avx2": ("-mavx2", "-mfma", "-mf16c"),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import infercomp.codegen.cpp
+from infercomp.codegen.cpp.toolchain import BITS_OF_SUMS
 
 SUPPORT = Path(infercomp.codegen.cpp.__file__).parent / "support"
 
@@ -38,11 +39,11 @@ LOOP(sqrt) LOOP(rsqrt) LOOP(sin) LOOP(cos)
 extern "C" float pow_one(float x, float y) { return math::pow(x, y); }
 """
 
-COMPILE = ["g++", "-std=c++17", "-O3", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
+COMPILE = ["g++", "-std=c++17", "-O3", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", BITS_OF_SUMS]
 COMPILE += ["-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-iquote", str(SUPPORT)]
 VARIANTS = {"native": ["-march=native", "-mprefer-vector-width=512"]}
 if platform.machine() == "x86_64":
-    VARIANTS |= {"avx2": ["-mavx2", "-mfma"], "portable": []}
+    VARIANTS |= {"avx2": ["-mavx2", "-mfma", "-mtune=znver3"], "portable": []}
 
 
 @dataclass(frozen=True)
