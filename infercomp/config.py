@@ -47,6 +47,10 @@ class Config:
     dump: str | None = field(default=None, metadata={"affects_compilation": False})
     """Folder that receives the graph after each pass, the kernels and the report; None means no dump."""
 
+    offload_folder: str | None = field(default="auto", metadata={"affects_compilation": False})
+    """Folder in which weights wait while a model is compiled; "auto" is that of the kernels, where text is learnt from;
+    None keeps all in memory."""
+
     def __post_init__(self) -> None:
         for name, wanted in _field_types(Config).items():
             value = getattr(self, name)
@@ -54,8 +58,9 @@ class Config:
                 _check_type(name, value, wanted)
             elif not isinstance(value, wanted):
                 raise _wrong_type(name, value, f"a {wanted.__name__}", where=None)
-        if self.dump == "":
-            raise ConfigError("dump must be the name of a folder or None, not ''", field="dump")
+        for name in ("dump", "offload_folder"):
+            if getattr(self, name) == "":
+                raise ConfigError(f"{name} must be the name of a folder or None, not ''", field=name)
 
     def fingerprint(self) -> str:
         """SHA-256 of canonical JSON over all fields, save those that say they do not affect compilation.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ from .artifact import is_artifact, load_artifact, save_artifact
 from .config import Config, parse_options
 from .loading.loader import check_vocabulary, load, load_saved_tokenizer
 from .loading.stored_linears import StoredLinear
+from .loading.weight_bytes import as_it_is
 from .progress import request_progress
 from .report import Report
 from .runtime.decode_graphs import CudaCapture
+from .runtime.disk_memory import DiskMemory
 from .runtime.engine import Engine, StepModel
 from .runtime.errors import ConfigError, InputError, ModelLoadError
 from .runtime.kv_pools import allocate_pools, num_blocks_for
@@ -289,7 +291,7 @@ def _compiled(
     dtype: torch.dtype | None,
     config: Config,
     texts: Texts,
-) -> tuple[ServedForm, dict[str, torch.Tensor], Any]:
+) -> tuple[ServedForm, MutableMapping[str, torch.Tensor], Any]:
     """The model compiled: its served form, its weights and its tokenizer."""
     # A saved model needs none of the compiler.
     from .kernel_prefetch import prefetch_kernels
@@ -301,12 +303,15 @@ def _compiled(
 
     check_pass_names(config.passes, pass_names())
     linears: Mapping[str, StoredLinear] = {}
+    disk: DiskMemory | None = None
     if isinstance(model, torch.nn.Module):
         module = model if dtype is None else model.to(dtype)
         check_vocabulary(module, tokenizer, type(module).__name__)
     else:
         widens = not isinstance(config.passes.recipe, Stored)
-        loaded = load(model, dtype=dtype, takes_integers=True, widens_gguf=widens)
+        disk = _disk_for(config, texts)
+        place = as_it_is if disk is None else disk.held
+        loaded = load(model, dtype=dtype, takes_integers=True, widens_gguf=widens, place=place)
         module, tokenizer, linears = loaded.model, tokenizer or loaded.tokenizer, loaded.linears
         config = with_stored_recipe(config, linears, module)
     _max_model_len(position_limit(module), config)
@@ -315,8 +320,18 @@ def _compiled(
         what = "weights that come in integers have no floats to measure errors of layers against"
         raise ConfigError(what, field="evaluation", remedy="leave it out, or load the unquantised checkpoint")
     is_ours = not isinstance(model, torch.nn.Module)
-    compiled = compile_for_serving(module, tokenizer, config, linears, texts, releases_model=is_ours)
+    compiled = compile_for_serving(module, tokenizer, config, linears, texts, releases_model=is_ours, disk=disk)
     return *compiled, tokenizer
+
+
+def _disk_for(config: Config, texts: Texts) -> DiskMemory | None:
+    """Where the weights of a model that we load wait while it is compiled; unasked, only where it is calibrated, which
+    takes long and reads one layer after the other."""
+    from .codegen.cpp.toolchain import cache_folder
+
+    if config.offload_folder == "auto":
+        return None if texts.calibration is None else DiskMemory(cache_folder(config.codegen.cache_dir))
+    return None if config.offload_folder is None else DiskMemory(Path(config.offload_folder).expanduser())
 
 
 def _require_only_options(dtype: torch.dtype | None, texts: Texts) -> None:

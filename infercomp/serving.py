@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from .passes.compress_weights import SPARSE_VALUES
 from .passes.grouped_query import GroupedQuery
 from .passes.quantize_linears import ZERO_VALUE
 from .passes.sparsify_linears import CHANNEL_ORDER
+from .runtime.disk_memory import DiskMemory, DiskWeights
 from .runtime.kv_pools import KvCacheSpec
 from .served_linears import linears_of
 from .served_model import ServedForm
@@ -105,11 +106,13 @@ def compile_for_serving(
     texts: Texts = NO_TEXTS,
     *,
     releases_model: bool = False,
-) -> tuple[ServedForm, dict[str, torch.Tensor]]:
+    disk: DiskMemory | None = None,
+) -> tuple[ServedForm, MutableMapping[str, torch.Tensor]]:
     """The served form of ``model``, and its weights by their names in the program.
 
     ``linears`` are those whose weights come in integers. Where ``releases_model``, the model loses its tensors, so that
-    each goes once a pass has replaced it. Raises UnsupportedError for a linear in integers that no kernel takes.
+    each goes once a pass has replaced it. With ``disk``, weights are there until they are looked at. Raises
+    UnsupportedError for a linear in integers that no kernel takes.
     """
     limit, facts = position_limit(model), _CheckpointFacts.of(model)
     captured, examples = capture_for_serving(model, limit)
@@ -117,6 +120,8 @@ def compile_for_serving(
         model.to("meta")
         # Capturing leaves cycles behind that hold the tensors.
         gc.collect()
+    if disk is not None:
+        captured.weights = DiskWeights(disk, captured.weights)
     if linears:
         readers = {f"model.{name}.weight": linear.read for name, linear in linears.items()}
         sources = captured.weight_sources
@@ -133,6 +138,8 @@ def compile_for_serving(
     if linears:
         require_all_taken(captured, rewritten.records)
     compiled = lower_graph(rewritten, config)
+    if isinstance(captured.weights, DiskWeights):
+        captured.weights.bring_in(compiled.program.weight_names)
     logits = value_of(captured.output_node().args[0][0])
     names = {name: source.removeprefix("model.") for name, source in captured.weight_sources.items()}
     # What smoothing has put behind a norm is none of the model's own tensors, nor is what a weight is compressed to.

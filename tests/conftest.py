@@ -26,7 +26,7 @@ BEGIN_FIRST = frozenset(
     f"test_{name}.py"
     for name in (
         "artifact", "backend", "bench", "caches", "cli", "families_compile", "families_llm", "gemm", "gguf_loader",
-        "interchange", "interpreted", "kernel_prefetch", "kernels", "kernels_llm", "quantize_linears",
+        "interchange", "interpreted", "kernel_prefetch", "kernels", "kernels_llm", "offload", "quantize_linears",
         "recognize_attention", "smollm2", "smooth_activations",
     )
 )  # fmt: skip

@@ -121,7 +121,7 @@ def test_an_option_wins_over_its_variable(name: str) -> None:
 @pytest.mark.parametrize("name", OPTION_NAMES)
 def test_each_field_changes_the_fingerprint_save_the_dump_folder(name: str) -> None:
     changed = parse_options({name: other_value(name)}, {}).fingerprint() != Config().fingerprint()
-    assert changed == (name not in ("dump", "cache_dir"))
+    assert changed == (name not in ("dump", "cache_dir", "offload_folder"))
 
 
 def test_fingerprint_is_sha256_and_the_same_for_equal_configs() -> None:
@@ -199,7 +199,8 @@ def test_empty_variable_counts_as_unset() -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("strict", 1), ("dump", ""), ("dump", 3), ("passes", None), ("runtime", PassConfig())]
+    ("field", "value"),
+    [("strict", 1), ("dump", ""), ("offload_folder", ""), ("dump", 3), ("passes", None), ("runtime", PassConfig())],
 )
 def test_config_checks_its_own_fields(field: str, value: object) -> None:
     with pytest.raises(ConfigError) as caught:

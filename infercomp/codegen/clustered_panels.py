@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..runtime.weight_memory import Empty, anywhere
 from .weight_panels import ALIGNMENT, HALF, PANEL, PanelFormat, clustered
 
 LARGEST_TABLE = 16
@@ -15,7 +16,14 @@ _TABLES_BYTES = PANEL * 4
 
 
 def pack_clustered_panels(
-    codes: Tensor, table: Tensor, counts: Tensor, columns: Tensor, excess: Tensor, room: int, row_order: Tensor
+    codes: Tensor,
+    table: Tensor,
+    counts: Tensor,
+    columns: Tensor,
+    excess: Tensor,
+    room: int,
+    row_order: Tensor,
+    empty: Empty = anywhere,
 ) -> Tensor:
     """Pack ``codes`` uint8 [N, K] of ``table`` and the outliers, as ``clustered_weight_linear`` has them.
 
@@ -23,7 +31,7 @@ def pack_clustered_panels(
     """
     num_inputs = codes.shape[1]
     panel_format = clustered(room)
-    panels = torch.zeros(row_order.numel() // PANEL, panel_format.panel_bytes(num_inputs), dtype=torch.uint8)
+    panels = empty((row_order.numel() // PANEL, panel_format.panel_bytes(num_inputs)), torch.uint8).zero_()
     rows, present = row_order.clamp(min=0), row_order >= 0
     tables = torch.zeros(row_order.numel() // HALF, LARGEST_TABLE)
     tables[:, : table.shape[1]] = table[rows[::HALF] // HALF]

@@ -15,13 +15,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..runtime.weight_memory import Empty, anywhere
 from .weight_panels import PANEL, PanelFormat, Zeros, chunks, gathered, grouped, num_panels, scatter
 
 _LOW_BITS, _HIGH_BIT = 0x33, 0x44
 _ZERO_KINDS: dict[torch.dtype, Zeros] = {torch.uint8: "points", torch.float16: "values"}
 
 
-def pack_group_panels(bits: int, codes: Tensor, scales: Tensor, zeros: Tensor | None, row_order: Tensor) -> Tensor:
+def pack_group_panels(
+    bits: int, codes: Tensor, scales: Tensor, zeros: Tensor | None, row_order: Tensor, empty: Empty = anywhere
+) -> Tensor:
     """Pack `codes` uint8 [N, K] of so many bits with its groups' scales and zeros as uint8 [P, panel bytes].
 
     `scales` is float16 [N, K / g] and `zeros` uint8 or float16 [N, K / g] or None, as group_codes.py has them.
@@ -38,7 +41,7 @@ def pack_group_panels(bits: int, codes: Tensor, scales: Tensor, zeros: Tensor | 
         raise ValueError(f"{num_inputs} inputs do not divide into {num_groups} groups")
     panel_format = grouped(bits, num_inputs // num_groups, "middle" if zeros is None else _ZERO_KINDS[zeros.dtype])
     group_bytes, scales_at = panel_format.group_bytes, panel_format.code_bytes
-    panels = torch.zeros(num_panels(row_order), panel_format.panel_bytes(num_inputs), dtype=torch.uint8)
+    panels = empty((num_panels(row_order), panel_format.panel_bytes(num_inputs)), torch.uint8).zero_()
     for chunk, rows in chunks(row_order):
         groups = panels[chunk, : num_groups * group_bytes].unflatten(1, (num_groups, group_bytes))
         words = _words(gathered(codes, rows).view(-1, PANEL, num_groups, panel_format.group), bits)

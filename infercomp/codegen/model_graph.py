@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ class ModelGraph:
     """
 
     graph_module: fx.GraphModule
-    weights: dict[str, torch.Tensor]
+    weights: MutableMapping[str, torch.Tensor]
     input_names: tuple[str, ...]
     fake_mode: FakeTensorMode
     mutated_inputs: tuple[str, ...] = ()

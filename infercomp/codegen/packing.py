@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..runtime.weight_memory import Empty, anywhere
 from .clustered_panels import pack_clustered_panels, unpack_clustered_panels
 from .group_panels import pack_group_panels, unpack_group_panels
 from .ops.group_codes import packed_codes, unpacked_codes
@@ -39,19 +40,21 @@ class PanelPacking:
     half_distance: int
     is_transposed: bool = False
 
-    def pack(self, values: torch.Tensor, *scales: torch.Tensor) -> torch.Tensor:
+    def pack(self, *parts: torch.Tensor, empty: Empty = anywhere) -> torch.Tensor:
+        values, *scales = parts
         values = values.t() if self.is_transposed else values
         order = self._row_order(values.shape[0])
         if self.panel_format.is_sparse:
-            return pack_sparse_panels(values, scales[0], self.panel_format, order)
+            return pack_sparse_panels(values, scales[0], self.panel_format, order, empty)
         room = self.panel_format.outlier_room
         if room is not None:
             table, counts, columns, excess = scales
-            return pack_clustered_panels(unpacked_codes(values, 4), table, counts, columns, excess, room, order)
+            return pack_clustered_panels(unpacked_codes(values, 4), table, counts, columns, excess, room, order, empty)
         if self.panel_format.group is not None:
             bits, zeros = self.panel_format.bits, scales[1] if len(scales) > 1 else None
-            return pack_group_panels(bits, unpacked_codes(values, bits), scales[0], zeros, order)
-        return pack_int8_panels(values, order) if self.panel_format == INT8 else pack_float_panels(values, order)
+            return pack_group_panels(bits, unpacked_codes(values, bits), scales[0], zeros, order, empty)
+        pack = pack_int8_panels if self.panel_format == INT8 else pack_float_panels
+        return pack(values, order, empty)
 
     def unpack(self, panels: torch.Tensor, shapes: Sequence[Shape]) -> tuple[torch.Tensor, ...]:
         """The parts, of these shapes, that ``pack`` made the panels of, bit for bit."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..runtime.weight_memory import Empty, anywhere
 from .sparse_weights import kept_channels, packed_channels
 from .weight_panels import PANEL, PANELS_AT_ONCE, SPARSE_BLOCK, SPARSE_STEP, PanelFormat
 
@@ -18,7 +19,9 @@ _INDEX_BYTES = PANEL * 4
 _DTYPES = {8: torch.int8, 16: torch.bfloat16, 32: torch.float32}
 
 
-def pack_sparse_panels(values: Tensor, indices: Tensor, panel_format: PanelFormat, row_order: Tensor) -> Tensor:
+def pack_sparse_panels(
+    values: Tensor, indices: Tensor, panel_format: PanelFormat, row_order: Tensor, empty: Empty = anywhere
+) -> Tensor:
     """Pack ``values`` [N, K/2] and ``indices`` uint8 [N, K/8], as the sparse linears have them, as uint8 [P, bytes].
 
     ``row_order`` is int64 [P * 32]: the row of each lane of each panel, or -1.
@@ -27,7 +30,7 @@ def pack_sparse_panels(values: Tensor, indices: Tensor, panel_format: PanelForma
     if values.dtype != dtype:
         raise ValueError(f"{panel_format.name} panels hold {dtype}, not {values.dtype}")
     num_bytes = panel_format.panel_bytes(2 * values.shape[1])
-    panels = torch.empty(row_order.numel() // PANEL, num_bytes, dtype=torch.uint8)
+    panels = empty((row_order.numel() // PANEL, num_bytes), torch.uint8)
     chunk_lanes = PANELS_AT_ONCE * PANEL
     for chunk, order in zip(panels.split(PANELS_AT_ONCE), row_order.split(chunk_lanes), strict=True):
         rows, is_absent = order.clamp(min=0), order < 0

@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..runtime.weight_memory import Empty, anywhere
+
 PANEL = 32
 HALF = PANEL // 2
 ALIGNMENT = 64
@@ -131,24 +133,24 @@ def gated_row_order(num_outputs: int) -> Tensor:
     return torch.stack((gate.view(-1, HALF), up.view(-1, HALF)), dim=1).flatten()
 
 
-def pack_float_panels(weight: Tensor, row_order: Tensor) -> Tensor:
+def pack_float_panels(weight: Tensor, row_order: Tensor, empty: Empty = anywhere) -> Tensor:
     """Pack `weight` [N, K], float32 or bfloat16, as [P, ceil(K / x), 32, x] of its dtype, x being 1 or 2.
 
     `row_order` is int64 [P * 32]: the row of each lane of each panel, or -1.
     """
     if weight.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"float panels hold float32 or bfloat16, not {weight.dtype}")
-    return _pack_words(weight, row_order, F32 if weight.dtype == torch.float32 else BF16)
+    return _pack_words(weight, row_order, F32 if weight.dtype == torch.float32 else BF16, empty)
 
 
-def pack_int8_panels(weight: Tensor, row_order: Tensor) -> Tensor:
+def pack_int8_panels(weight: Tensor, row_order: Tensor, empty: Empty = anywhere) -> Tensor:
     """Pack `weight` [N, K] int8 as uint8 [P, ceil(K / 4), 32, 4] of weight + 128.
 
     `row_order` is int64 [P * 32]: the row of each lane of each panel, or -1.
     """
     if weight.dtype != torch.int8:
         raise ValueError(f"INT8 panels hold int8, not {weight.dtype}")
-    panels = _pack_words(weight, row_order, INT8).view(torch.uint8)
+    panels = _pack_words(weight, row_order, INT8, empty).view(torch.uint8)
     return panels.bitwise_xor_(INT8_OFFSET)
 
 
@@ -170,10 +172,10 @@ def _unpack_words(panels: Tensor, row_order: Tensor, num_outputs: int, num_input
     return weight
 
 
-def _pack_words(weight: Tensor, row_order: Tensor, panel_format: PanelFormat) -> Tensor:
+def _pack_words(weight: Tensor, row_order: Tensor, panel_format: PanelFormat, empty: Empty) -> Tensor:
     num_inputs, per_word = weight.shape[1], panel_format.weights_per_word
     whole, rest = divmod(num_inputs, per_word)
-    panels = torch.empty(num_panels(row_order), whole + bool(rest), PANEL, per_word, dtype=weight.dtype)
+    panels = empty((num_panels(row_order), whole + bool(rest), PANEL, per_word), weight.dtype)
     for chunk, rows in chunks(row_order):
         lanes = gathered(weight, rows).view(-1, PANEL, num_inputs)
         words = lanes[:, :, : whole * per_word].unflatten(2, (whole, per_word))

@@ -11,7 +11,7 @@ from infercomp.loading.gguf_blocks import PLAIN_TYPES, read_tensor
 from infercomp.loading.gguf_file import GgufFile, GgufTensor
 from infercomp.loading.gguf_linears import gguf_linears
 from infercomp.loading.stored_linears import StoredLinear
-from infercomp.loading.weight_bytes import open_weight_file
+from infercomp.loading.weight_bytes import Place, as_it_is, open_weight_file
 from infercomp.runtime.errors import ModelLoadError
 from infercomp.runtime.untouched_memory import untouched_zeros
 
@@ -39,7 +39,7 @@ _LAYER_NAMES = {
 
 
 def build_gguf_model(
-    file: GgufFile, dtype: torch.dtype | None, *, keeps_integers: bool = False
+    file: GgufFile, dtype: torch.dtype | None, *, keeps_integers: bool = False, place: Place = as_it_is
 ) -> tuple[PreTrainedModel, dict[str, StoredLinear]]:
     """The model of the file in eval mode; float32 where the file is quantised, unless ``dtype`` says otherwise.
 
@@ -51,7 +51,7 @@ def build_gguf_model(
         return _model_of_transformers(file, dtype), {}
     config = llama_config(file)
     config.dtype = dtype
-    return _build_llama(file, config, dtype, keeps_integers)
+    return _build_llama(file, config, dtype, keeps_integers, place)
 
 
 def stored_dtype(file: GgufFile) -> torch.dtype:
@@ -115,7 +115,7 @@ def _rope_parameters(file: GgufFile) -> dict[str, Any]:
 
 
 def _build_llama(
-    file: GgufFile, config: LlamaConfig, dtype: torch.dtype, keeps_integers: bool
+    file: GgufFile, config: LlamaConfig, dtype: torch.dtype, keeps_integers: bool, place: Place
 ) -> tuple[PreTrainedModel, dict[str, StoredLinear]]:
     from transformers import LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -134,7 +134,7 @@ def _build_llama(
             else:
                 value = torch.empty(tensor.shape, dtype=dtype)
                 read_tensor(stream, file.path, tensor, value)
-                value = _undo_permutation(value, tensor.name, config)
+                value = place(_undo_permutation(value, tensor.name, config))
             setattr(model.get_submodule(module_name), attribute, torch.nn.Parameter(value, requires_grad=False))
         if _ROPE_FACTORS in file.tensors:
             _apply_rope_factors(model.model.rotary_emb, file, stream)

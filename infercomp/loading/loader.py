@@ -14,6 +14,7 @@ import torch
 from infercomp.loading.gguf_file import read_gguf_file
 from infercomp.loading.safetensors_loader import build_safetensors_model, read_stored_linears, read_stored_tensors
 from infercomp.loading.stored_linears import StoredLinear
+from infercomp.loading.weight_bytes import Place, as_it_is
 from infercomp.runtime.errors import ConfigError, ModelLoadError
 
 if TYPE_CHECKING:
@@ -46,13 +47,15 @@ def load(
     dtype: torch.dtype | None = None,
     takes_integers: bool = False,
     widens_gguf: bool = True,
+    place: Place = as_it_is,
 ) -> LoadedModel:
     """Loads a folder of config.json and safetensors, a ``.gguf`` file, or a hub id such as ``org/name``.
 
     ``dtype`` is the type of the parameters: by default the checkpoint's own, and float32 for a quantised
     GGUF file. A hub id is looked up in the local cache first and downloaded only if it is not all there.
     A checkpoint with linears in integers is an error unless the caller says that it ``takes_integers``; those of a GGUF
-    file become floats, unless it does and not ``widens_gguf``.
+    file become floats, unless it does and not ``widens_gguf``. Each parameter is what ``place`` makes of it once it is
+    read: the same values, in memory of the caller's choice.
     """
     if dtype is not None and dtype not in _DTYPES:
         names = ", ".join(str(supported) for supported in _DTYPES)
@@ -60,9 +63,9 @@ def load(
     path = _resolve(os.fspath(source))
     linears: Mapping[str, StoredLinear] = {}
     if path.is_dir():
-        model, tokenizer, weight_files, linears = _load_folder(path, dtype, takes_integers)
+        model, tokenizer, weight_files, linears = _load_folder(path, dtype, takes_integers, place)
     else:
-        model, tokenizer, weight_files, linears = _load_gguf(path, dtype, takes_integers and not widens_gguf)
+        model, tokenizer, weight_files, linears = _load_gguf(path, dtype, takes_integers and not widens_gguf, place)
     check_vocabulary(model, tokenizer, path)
     return LoadedModel(model.requires_grad_(False), tokenizer, os.fspath(source), weight_files, linears)
 
@@ -103,7 +106,7 @@ def _fetch_from_hub(hub_id: str) -> Path:
 
 
 def _load_folder(
-    folder: Path, dtype: torch.dtype | None, takes_integers: bool
+    folder: Path, dtype: torch.dtype | None, takes_integers: bool, place: Place
 ) -> tuple[Any, Any, tuple[str, ...], Mapping[str, StoredLinear]]:
     if not (folder / "config.json").is_file():
         gguf_files = sorted(folder.glob("*.gguf"))
@@ -119,13 +122,13 @@ def _load_folder(
         where = str(folder / "config.json")
         raise ModelLoadError(what, where=where, remedy=remedy, field="quantization_config")
     tokenizer = load_tokenizer(folder)  # before the weights: what parsing it takes is free again when they come
-    model = build_safetensors_model(folder, stored_tensors, dtype, linears)
+    model = build_safetensors_model(folder, stored_tensors, dtype, linears, place)
     weight_files = sorted({str(tensor.path) for tensor in stored_tensors.values()})
     return model, tokenizer, tuple(weight_files), linears
 
 
 def _load_gguf(
-    path: Path, dtype: torch.dtype | None, keeps_integers: bool
+    path: Path, dtype: torch.dtype | None, keeps_integers: bool, place: Place
 ) -> tuple[Any, Any, tuple[str, ...], Mapping[str, StoredLinear]]:
     file = read_gguf_file(path)
     # Below the check of the header, so that a bad file fails before transformers is imported.
@@ -133,7 +136,7 @@ def _load_gguf(
     from infercomp.loading.gguf_tokenizer import build_gguf_tokenizer
 
     tokenizer = build_gguf_tokenizer(file)
-    model, linears = build_gguf_model(file, dtype, keeps_integers=keeps_integers)
+    model, linears = build_gguf_model(file, dtype, keeps_integers=keeps_integers, place=place)
     return model, tokenizer, (str(path),), linears
 
 

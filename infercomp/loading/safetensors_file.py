@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from infercomp.loading.weight_bytes import CHUNK_BYTES, open_weight_file, read_fully
+from infercomp.loading.weight_bytes import CHUNK_BYTES, Place, as_it_is, open_weight_file, read_fully
 from infercomp.runtime.errors import ModelLoadError
 
 _MAX_HEADER_BYTES = 100 << 20
@@ -40,6 +40,7 @@ class StoredTensor:
     offset: int
     num_bytes: int
     target_dtype: torch.dtype | None = None
+    place: Place = as_it_is
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         return self.read()[index]
@@ -52,14 +53,14 @@ class StoredTensor:
         with stream:
             if not is_cast:
                 self._read_bytes(stream, 0, values.view(-1))
-                return values
+                return self.place(values)
             num_chunk_elements = CHUNK_BYTES // self.dtype.itemsize
             for start in range(0, values.numel(), num_chunk_elements):
                 part = values.view(-1)[start : start + num_chunk_elements]
                 stored_part = torch.empty(part.shape, dtype=self.dtype)
                 self._read_bytes(stream, start, stored_part)
                 part.copy_(stored_part)
-        return values
+        return self.place(values)
 
     def _read_bytes(self, stream: Any, first_element: int, destination: torch.Tensor) -> None:
         if destination.numel():

@@ -13,6 +13,7 @@ import torch
 
 from infercomp.loading.safetensors_file import StoredTensor, read_safetensors_header
 from infercomp.loading.stored_linears import StoredLinear, stored_linears, tensors_of_integers
+from infercomp.loading.weight_bytes import Place, as_it_is
 from infercomp.runtime.errors import ModelLoadError
 from infercomp.runtime.untouched_memory import untouched_zeros
 
@@ -59,8 +60,9 @@ def build_safetensors_model(
     stored_tensors: dict[str, StoredTensor],
     dtype: torch.dtype | None,
     linears: Mapping[str, StoredLinear] | None = None,
+    place: Place = as_it_is,
 ) -> PreTrainedModel:
-    """The folder's model in eval mode, each parameter read straight into memory of its final type.
+    """The folder's model in eval mode, each parameter read straight into memory of its final type, and then placed.
 
     The weights of ``linears`` are zeros that take no memory: who compiles the model puts integers in their place.
     """
@@ -79,6 +81,7 @@ def build_safetensors_model(
         skeleton, "_keep_in_fp32_modules_strict", None
     ):
         stored_tensors = {name: replace(tensor, target_dtype=dtype) for name, tensor in stored_tensors.items()}
+    stored_tensors = {name: replace(tensor, place=place) for name, tensor in stored_tensors.items()}
     model = _fill(folder, type(skeleton), config, stored_tensors, dtype)
     model.name_or_path = model.config.name_or_path = str(folder)
     if model.can_generate() and (folder / _GENERATION).is_file():

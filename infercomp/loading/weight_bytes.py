@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
+
+import torch
 
 from infercomp.runtime.errors import ModelLoadError
 
 CHUNK_BYTES = 1 << 20
+Place = Callable[[torch.Tensor], torch.Tensor]
+"""Takes a tensor that was read, and returns its values in memory that somebody has chosen."""
+
+
+def as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def open_weight_file(path: Path) -> tuple[BinaryIO, int]:

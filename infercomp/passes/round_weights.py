@@ -12,7 +12,7 @@ where each has its parameter alone.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -63,7 +63,7 @@ class _Rounder:
         self._model_graph = model_graph
         self._linears = linears
         self._addresses = [tensor.data_ptr() for tensor in model_graph.weights.values() if tensor.numel()]
-        self._of_the_end: dict[str, torch.Tensor] = {}
+        self._of_the_end: list[Callable[[], None]] = []
 
     def is_shared(self, node: fx.Node) -> bool:
         weight = parameters_of(node)[0]
@@ -83,7 +83,8 @@ class _Rounder:
                 self._replace(node, rounded)
 
         observe(self._model_graph, calibration, layers, method, measure, visit)
-        self._model_graph.weights |= self._of_the_end
+        for replace in self._of_the_end:
+            replace()
 
     def _rounded(self, node: fx.Node, hessian: torch.Tensor) -> Tensors:
         """The codes of a linear's weight, int8 [N, K], and its grid."""
@@ -105,11 +106,17 @@ class _Rounder:
         weight, _, is_transposed = parameters_of(node)
         codes, scale, zero = (rounded[f"{weight.name}.{each}"] for each in _TENSORS)
         grid = WeightGrid(recipe, scale, zero, codes.shape[1] // scale.shape[1])
-        restored = grid.values_of(codes).to(self._model_graph.weights[weight.name].dtype)
-        is_seen = isinstance(recipe.rounding, GPTQ) and recipe.rounding.true_sequential
-        target = self._model_graph.weights if is_seen else self._of_the_end
-        target[weight.name] = restored.t().contiguous() if is_transposed else restored
         self._model_graph.stored_integers[weight.name] = partial(tuple, grid.stored(codes))
+
+        def replace() -> None:
+            weights = self._model_graph.weights
+            restored = grid.values_of(codes).to(weights[weight.name].dtype)
+            weights[weight.name] = (restored.t() if is_transposed else restored).contiguous()
+
+        if isinstance(recipe.rounding, GPTQ) and recipe.rounding.true_sequential:
+            replace()
+        else:
+            self._of_the_end.append(replace)
 
 
 ROUND_WEIGHTS = Pass(

@@ -159,7 +159,7 @@ class _Sparsifier:
 
     def take(self, source: fx.Node, found: Tensors) -> None:
         self._orders[source] = found[_ORDER]
-        self._model_graph.weights |= {name: each for name, each in found.items() if name != _ORDER}
+        self._model_graph.weights.update({name: each for name, each in found.items() if name != _ORDER})
 
     def permute(self) -> None:
         """Where an order was searched, linears read their input in it, and their weights' channels are in it."""

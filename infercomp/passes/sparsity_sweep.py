@@ -46,9 +46,9 @@ def sweep(
         for source, kept in masks.items():
             begin(f"{layers[source]} alone")
             whole = {name: model_graph.weights[name] for name in kept}
-            model_graph.weights |= {name: torch.where(kept[name], whole[name], 0) for name in kept}
+            model_graph.weights.update({name: torch.where(kept[name], whole[name], 0) for name in kept})
             found = _log_probabilities(model_graph, samples)
-            model_graph.weights |= whole
+            model_graph.weights.update(whole)
             cost = float(F.kl_div(found, dense, reduction="sum", log_target=True)) / len(dense)
             units[source] = Unit(sum(tensor.numel() for tensor in whole.values()), cost)
     assert sparsity.density is not None

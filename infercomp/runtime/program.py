@@ -16,7 +16,7 @@ import torch
 
 from .bound_driver import bound_driver
 from .freed_memory import return_freed_memory
-from .weight_memory import WeightMemory
+from .weight_memory import Empty, WeightMemory
 
 Shape = tuple[int, ...]
 
@@ -51,9 +51,9 @@ class MergedWeight:
 
 
 class Packing(Protocol):
-    """The layout that a kernel reads a weight's parts in."""
+    """The layout that a kernel reads a weight's parts in; it lies in memory from ``empty``."""
 
-    def pack(self, *parts: torch.Tensor) -> torch.Tensor: ...
+    def pack(self, *parts: torch.Tensor, empty: Empty = ...) -> torch.Tensor: ...
 
     def unpack(self, packed: torch.Tensor, shapes: Sequence[Shape]) -> tuple[torch.Tensor, ...]: ...
 
@@ -70,9 +70,10 @@ class PackedWeightSource:
     def source_names(self) -> tuple[str, ...]:
         return tuple(source.name for part in self.parts for source in part)
 
-    def packed(self, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def packed(self, weights: Mapping[str, torch.Tensor], empty: Empty) -> torch.Tensor:
+        """The weight, in memory from ``empty``."""
         parts = [[weights[source.name].detach() for source in sources] for sources in self.parts]
-        return self.packing.pack(*(part[0] if len(part) == 1 else torch.cat(part) for part in parts))
+        return self.packing.pack(*(part[0] if len(part) == 1 else torch.cat(part) for part in parts), empty=empty)
 
     def taken_apart(self, packed: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         """The sources again, bit for bit."""
@@ -157,7 +158,7 @@ class Program:
             uses.update([*self.weight_names, *(name for merge in self.merged_weights for name in merge.source_names)])
             memory, num_freed_bytes = WeightMemory(), 0
             for packed in self.packed_weights:
-                made[packed.name] = memory.moved(packed.packed(weights))
+                made[packed.name] = packed.packed(weights, memory.empty)
                 uses.subtract(packed.source_names)
                 for name in set(packed.source_names):
                     if not uses[name]:

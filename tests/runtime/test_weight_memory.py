@@ -19,7 +19,7 @@ DTYPES = (torch.uint8, torch.int8, torch.bfloat16, torch.float32)
 def test_all_tensors_stay_what_they_are(wanted: list[tuple[int, int, torch.dtype]]) -> None:
     memory = WeightMemory(chunk_bytes=100_000)
     tensors = [torch.randint(0, 100, (rows, columns)).to(dtype) for rows, columns, dtype in wanted]
-    moved = [memory.moved(tensor) for tensor in tensors]
+    moved = [memory.empty(tensor.shape, tensor.dtype).copy_(tensor) for tensor in tensors]
     # What holds the memory is counted, and no cycle: it goes at once, if it goes.
     del memory
     for tensor, found in zip(tensors, moved, strict=True):
@@ -30,6 +30,6 @@ def test_all_tensors_stay_what_they_are(wanted: list[tuple[int, int, torch.dtype
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has no large pages on request")
 def test_tensors_lie_side_by_side() -> None:
     memory = WeightMemory()
-    first, second = (memory.moved(torch.ones(1000, 64, dtype=torch.uint8)) for _ in range(2))
+    first, second = (memory.empty((1000, 64), torch.uint8) for _ in range(2))
     assert second.data_ptr() - first.data_ptr() == first.numel()
     assert first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
