@@ -17,6 +17,8 @@ from rich.console import Console
 
 from infercomp.bench.command import EPILOG as BENCH_EPILOG
 from infercomp.bench.command import bench
+from infercomp.bench.invariance_command import EPILOG as INVARIANCE_EPILOG
+from infercomp.bench.invariance_command import invariance
 from infercomp.compare_command import EPILOG as COMPARE_EPILOG
 from infercomp.compare_command import compare
 from infercomp.convert_attention_command import EPILOG as CONVERT_EPILOG
@@ -242,6 +244,7 @@ def demo(debug: DebugOption = False) -> None:
 
 app.command("dump", epilog="[bold]Example[/]\n\ninfercomp dump demo -o stages")(dump_kernels)
 app.command(epilog=BENCH_EPILOG)(bench)
+app.command(epilog=INVARIANCE_EPILOG)(invariance)
 app.command(epilog=SAVE_EPILOG)(save)
 app.command(epilog=QUANTIZE_EPILOG)(quantize)
 app.command(epilog=CONVERT_EPILOG)(convert_attention)

@@ -5,7 +5,6 @@ Whole models on Triton kernels, and attention over a paged cache against its def
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
 import numpy as np
@@ -16,11 +15,11 @@ from codegen.triton.interpreted_graphs import outputs_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from references import assert_errs_like_eager, greedy_tokens
-from test_kernels_llm import _cuts, _logits
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import infercomp
+from infercomp.bench.batch_invariance import measure_invariance
 from infercomp.codegen.ops import paged_attention
 from infercomp.codegen.triton import emit_attention
 from infercomp.runtime.decode_graphs import Replay, Step
@@ -72,16 +71,9 @@ def test_tokens_are_those_of_the_model(llm: infercomp.LLM) -> None:
 
 
 def test_bits_do_not_depend_on_company_chunks_or_blocks(llm: infercomp.LLM) -> None:
-    """Steps of one token a sequence take other kernels than the rest; 520 tokens are more than one chunk of keys."""
-    draw = random.Random(7)
-    sequences = [[draw.randrange(130) for _ in range(length)] for length in (1, 5, 17, 40)]
-    alone = [llm.logits(sequence) for sequence in sequences]
-    for _ in range(2):
-        chosen = draw.sample(range(len(sequences)), draw.randint(1, len(sequences)))
-        chunks = [_cuts(draw, len(sequences[i])) for i in chosen]
-        together = _logits(llm, [sequences[i] for i in chosen], chunks, draw)
-        for (i, position), row in together.items():
-            assert torch.equal(row, alone[chosen[i]][position]), (chosen[i], position)
+    """Steps of one token a sequence take other kernels than the rest."""
+    found = measure_invariance(llm, 2, seed=7, lengths=(1, 5, 17, 40))
+    assert found.num_tokens and found.differences == ()
 
 
 def test_bad_token_ids_are_an_error(llm: infercomp.LLM) -> None:
