@@ -90,8 +90,8 @@ def next_token_loss(model_graph: ModelGraph, sample: Mapping[str, Any], weights:
     values: dict[fx.Node, Any] = {}
     for node in model_graph.graph.nodes:
         if node.op == "placeholder":
-            given = {**model_graph.weights, **weights} if model_graph.is_weight(node) else sample
-            values[node] = given[node.name]
+            is_held = model_graph.is_weight(node) and node.name not in weights
+            values[node] = (model_graph.weights if is_held else {**sample, **weights})[node.name]
         elif node.op == "call_function":
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
             op = definition_of(node.target)
