@@ -25,6 +25,7 @@ from quantization import EVALUATION_TOKENS, halves, run_facts
 
 from infercomp.demo_model import demo_model_path
 from infercomp.loading.gguf_file import read_gguf_file
+from infercomp.loading.gguf_tokenizer import build_gguf_tokenizer
 from infercomp.loading.loader import load
 from infercomp.quality import Logits, measure_quality
 
@@ -100,13 +101,18 @@ def compress(model: Any, windows: Windows, recipe: list[Any]) -> None:
     from llmcompressor import oneshot
 
     rows = {"input_ids": list(windows), "attention_mask": [[1] * len(each) for each in windows]}
-    oneshot(
-        model=model,
-        dataset=Dataset.from_dict(rows),
-        recipe=recipe,
-        max_seq_length=WINDOW,
-        num_calibration_samples=len(windows),
-    )
+    # It reads the config of the folder that a model comes from again, and insists on a tokenizer.
+    with tempfile.TemporaryDirectory() as folder:
+        model.config.save_pretrained(folder)
+        model.name_or_path = model.config._name_or_path = folder
+        oneshot(
+            model=model,
+            processor=build_gguf_tokenizer(read_gguf_file(demo_model_path())),
+            dataset=Dataset.from_dict(rows),
+            recipe=recipe,
+            max_seq_length=WINDOW,
+            num_calibration_samples=len(windows),
+        )
 
 
 Quantize = Callable[[Any, Windows], None]

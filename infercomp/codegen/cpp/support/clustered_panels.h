@@ -64,7 +64,7 @@ struct ClusteredWeightPanels {
         const ClusterWords decoder(reinterpret_cast<const float*>(start));
         const auto* words = reinterpret_cast<const uint32_t*>(start + TABLES_BYTES);
         add_products<ROWS>(decoder, rows, row_stride * int64_t(sizeof(Activation)), words, k, sums);
-        store_tile<ROWS>(sums, tile);
+        store_tile(sums, tile);
         const char* counts = start + TABLES_BYTES + words_bytes(k);
         for (int half = 0; half < 2; ++half) {
             const auto* outliers = reinterpret_cast<const Outlier*>(counts + COUNTS_BYTES) + half * ROOM;

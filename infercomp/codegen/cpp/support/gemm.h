@@ -57,28 +57,29 @@ struct BF16Dot {
 };
 #endif
 
-template <int ROWS, class Dot>
+template <int ROWS, class Dot, int VECTORS>
 INFERCOMP_INLINE void add_dot(const char* rows, int64_t row_stride, int64_t num_bytes, const uint32_t* panel,
-                              Sums<typename Dot::Vector, ROWS>& sums) {
-    native_u32 words[PANEL_VECTORS];
+                              typename Dot::Vector (&sums)[ROWS][VECTORS]) {
+    native_u32 words[VECTORS];
     load_words(panel, words);
     INFERCOMP_UNROLL
     for (int row = 0; row < ROWS; ++row) {
         int32_t activations = 0;
         std::memcpy(&activations, rows + row * row_stride, num_bytes);
         INFERCOMP_UNROLL
-        for (int v = 0; v < PANEL_VECTORS; ++v) sums[row][v] = Dot::add(sums[row][v], words[v], activations);
+        for (int v = 0; v < VECTORS; ++v) sums[row][v] = Dot::add(sums[row][v], words[v], activations);
     }
 }
 
-// Rows and strides in bytes. The last word of activations may be cut short; what it lacks counts as zeros.
-template <int ROWS, class Dot>
+// Rows and strides in bytes. The last word of activations may be cut short; what it lacks counts as zeros. `panel` starts
+// at the first of the registers of outputs that have sums here.
+template <int ROWS, class Dot, int VECTORS>
 INFERCOMP_INLINE void add_dots(const void* rows, int64_t row_stride, int64_t row_bytes, const void* panel,
-                               Sums<typename Dot::Vector, ROWS>& sums) {
+                               typename Dot::Vector (&sums)[ROWS][VECTORS]) {
     const char* bytes = static_cast<const char*>(rows);
     const uint32_t* words = static_cast<const uint32_t*>(panel);
     for (int64_t steps = row_bytes / 4; steps > 0; --steps) {
-        prefetch_words<ROWS>(words);
+        prefetch_words<ROWS, VECTORS>(words);
         add_dot<ROWS, Dot>(bytes, row_stride, 4, words, sums);
         bytes += 4;
         words += PANEL;
@@ -108,7 +109,7 @@ struct BF16Panels {
                                                    float (*tile)[PANEL]) {
         Sums<native_f32, ROWS> sums = {};
         add_dots<ROWS, BF16Dot>(rows, row_stride * 2, k * 2, panel, sums);
-        store_tile<ROWS>(sums, tile);
+        store_tile(sums, tile);
     }
 
     template <int ROWS, class Source>
@@ -123,7 +124,7 @@ struct BF16Panels {
                 sums[row][v] = BF16Dot::add(sums[row][v], words, activations);
             }
         });
-        store_tile<ROWS>(sums, tile);
+        store_tile(sums, tile);
     }
 };
 #else
@@ -137,21 +138,24 @@ using BF16Panels = BF16WeightPanels<bf16>;
 struct INT8Panels {
     using activation = int8_t;
     using accumulator = int32_t;
-    static constexpr int MAX_ROWS = ROWS_IN_REGISTERS;
+    static constexpr int MAX_ROWS = ROWS_IN_PASSES;
 
     static constexpr int64_t panel_bytes(int64_t k) { return (k + 3) / 4 * PANEL * 4; }
 
     template <int ROWS>
     __attribute__((noinline)) static void multiply(const int8_t* rows, int64_t row_stride, const void* panel, int64_t k,
                                                    const int32_t* row_sums, int32_t (*tile)[PANEL]) {
-        Sums<native_i32, ROWS> sums = {};
-        add_dots<ROWS, INT8Dot>(rows, row_stride, k, panel, sums);
-        INFERCOMP_UNROLL
-        for (int row = 0; row < ROWS; ++row) {
+        constexpr int VECTORS = vectors_of_pass<ROWS>();
+        for (int first = 0; first < PANEL_VECTORS; first += VECTORS) {
+            native_i32 sums[ROWS][VECTORS] = {};
+            add_dots<ROWS, INT8Dot>(rows, row_stride, k, static_cast<const uint32_t*>(panel) + first * NATIVE_LANES, sums);
             INFERCOMP_UNROLL
-            for (int v = 0; v < PANEL_VECTORS; ++v) sums[row][v] -= 128 * row_sums[row];
+            for (int row = 0; row < ROWS; ++row) {
+                INFERCOMP_UNROLL
+                for (int v = 0; v < VECTORS; ++v) sums[row][v] -= 128 * row_sums[row];
+            }
+            store_tile(sums, tile, first);
         }
-        store_tile<ROWS>(sums, tile);
     }
 };
 

@@ -22,16 +22,28 @@ namespace infercomp {
 constexpr int PANEL = 32;
 constexpr int PANEL_VECTORS = PANEL / NATIVE_LANES;
 // Three quarters of the registers hold sums, the others weights and broadcast activations.
-constexpr int ROWS_IN_REGISTERS = NATIVE_REGISTERS * 3 / 4 / PANEL_VECTORS;
+constexpr int REGISTERS_OF_SUMS = NATIVE_REGISTERS * 3 / 4;
+constexpr int ROWS_IN_REGISTERS = REGISTERS_OF_SUMS / PANEL_VECTORS;
+// More rows share each weight where a panel is taken in passes, a part of its outputs at a time: at least two registers
+// of them, which share each broadcast activation.
+constexpr int ROWS_IN_PASSES = REGISTERS_OF_SUMS / 2;
+
+// How many of a panel's registers of outputs so many rows take in one pass.
+template <int ROWS>
+constexpr int vectors_of_pass() {
+    int vectors = PANEL_VECTORS;
+    while (vectors > 2 && ROWS * vectors > REGISTERS_OF_SUMS) vectors /= 2;
+    return vectors;
+}
 // So few rows are one tile, which meets each panel once and waits for it; with more, panels come from a cache.
 constexpr int ROWS_READ_ONCE = 11;
 // Rows that lie a multiple of 4 KiB apart share one set of the first-level cache, which has so many ways.
-constexpr int ROWS_OF_ONE_SET = ROWS_IN_REGISTERS < 8 ? ROWS_IN_REGISTERS : 8;
+constexpr int ROWS_OF_ONE_SET = 8;
 // Fewer where a square of weights is transposed in registers too.
 constexpr int UNPACKED_ROWS_IN_REGISTERS = PANEL_VECTORS > 2 ? 1 : NATIVE_REGISTERS / 4 / PANEL_VECTORS;
 
-template <class Vector, int ROWS>
-using Sums = Vector[ROWS][PANEL_VECTORS];
+template <class Vector, int ROWS, int VECTORS = PANEL_VECTORS>
+using Sums = Vector[ROWS][VECTORS];
 
 template <class To, class From>
 INFERCOMP_INLINE To reinterpret(From value) {
@@ -54,17 +66,18 @@ INFERCOMP_INLINE void prefetch(const void* words, int64_t num_bytes) {
     }
 }
 
-template <int ROWS>
+template <int ROWS, int VECTORS = PANEL_VECTORS>
 INFERCOMP_INLINE void prefetch_words(const void* words) {
-    prefetch<ROWS>(words, PANEL * 4);
+    prefetch<ROWS>(words, VECTORS * NATIVE_LANES * 4);
 }
 
-template <int ROWS, class Vector, class T>
-INFERCOMP_INLINE void store_tile(const Sums<Vector, ROWS>& sums, T (*tile)[PANEL]) {
+// The outputs from register `first` of each row on.
+template <int ROWS, int VECTORS, class Vector, class T>
+INFERCOMP_INLINE void store_tile(const Vector (&sums)[ROWS][VECTORS], T (*tile)[PANEL], int first = 0) {
     INFERCOMP_UNROLL
     for (int row = 0; row < ROWS; ++row) {
         INFERCOMP_UNROLL
-        for (int v = 0; v < PANEL_VECTORS; ++v) store(tile[row] + v * NATIVE_LANES, sums[row][v]);
+        for (int v = 0; v < VECTORS; ++v) store(tile[row] + (first + v) * NATIVE_LANES, sums[row][v]);
     }
 }
 

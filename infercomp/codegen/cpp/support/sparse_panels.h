@@ -121,7 +121,7 @@ struct SparseWeightPanels {
                     }
                 }
             });
-        store_tile<ROWS>(sums, tile);
+        store_tile(sums, tile);
     }
 };
 
@@ -161,7 +161,7 @@ struct SparseUINT8Panels {
             INFERCOMP_UNROLL
             for (int v = 0; v < PANEL_VECTORS; ++v) sums[row][v] -= excess[v];
         }
-        store_tile<ROWS>(sums, tile);
+        store_tile(sums, tile);
     }
 };
 

@@ -70,47 +70,49 @@ struct EvenThenOdd {
     }
 };
 
-template <int ROWS, class Order, class Words>
+template <int ROWS, class Order, class Words, int VECTORS>
 INFERCOMP_INLINE void add_weights(const Words& decoder, const float* rows, int64_t row_bytes,
-                                  const native_u32 (&words)[PANEL_VECTORS], int i, Sums<native_f32, ROWS>& sums) {
-    native_f32 weights[PANEL_VECTORS];
+                                  const native_u32 (&words)[VECTORS], int i, native_f32 (&sums)[ROWS][VECTORS]) {
+    native_f32 weights[VECTORS];
     INFERCOMP_UNROLL
-    for (int v = 0; v < PANEL_VECTORS; ++v) weights[v] = decoder.weight(words[v], i, v);
+    for (int v = 0; v < VECTORS; ++v) weights[v] = decoder.weight(words[v], i, v);
     INFERCOMP_UNROLL
     for (int row = 0; row < ROWS; ++row) {
         // Addressed in bytes: of indices GCC makes a pointer for each row and i.
         const float activation = load<float>(reinterpret_cast<const char*>(rows + Order::offset(i)) + row * row_bytes);
         INFERCOMP_UNROLL
-        for (int v = 0; v < PANEL_VECTORS; ++v) sums[row][v] += weights[v] * activation;
+        for (int v = 0; v < VECTORS; ++v) sums[row][v] += weights[v] * activation;
     }
 }
 
-INFERCOMP_INLINE void load_words(const uint32_t* source, native_u32 (&words)[PANEL_VECTORS]) {
+template <int VECTORS>
+INFERCOMP_INLINE void load_words(const uint32_t* source, native_u32 (&words)[VECTORS]) {
     INFERCOMP_UNROLL
-    for (int v = 0; v < PANEL_VECTORS; ++v) words[v] = load<native_u32>(source + v * NATIVE_LANES);
+    for (int v = 0; v < VECTORS; ++v) words[v] = load<native_u32>(source + v * NATIVE_LANES);
 }
 
 // The products of one word of each output.
-template <int ROWS, class Order, class Words>
+template <int ROWS, class Order, class Words, int VECTORS>
 INFERCOMP_INLINE void add_words(const Words& decoder, const float* rows, int64_t row_bytes, const uint32_t* panel,
-                                Sums<native_f32, ROWS>& sums) {
-    native_u32 words[PANEL_VECTORS];
+                                native_f32 (&sums)[ROWS][VECTORS]) {
+    native_u32 words[VECTORS];
     load_words(panel, words);
     INFERCOMP_UNROLL
     for (int i = 0; i < Words::PER_WORD; ++i) add_weights<ROWS, Order>(decoder, rows, row_bytes, words, i, sums);
 }
 
-template <int ROWS, class Order = InOrder, class Words>
+// `panel` starts at the first of the registers of outputs that have sums here.
+template <int ROWS, class Order = InOrder, class Words, int VECTORS>
 INFERCOMP_INLINE void add_products(const Words& decoder, const float* rows, int64_t row_bytes, const uint32_t* panel,
-                                   int64_t k, Sums<native_f32, ROWS>& sums) {
+                                   int64_t k, native_f32 (&sums)[ROWS][VECTORS]) {
     for (int64_t steps = k / Words::PER_WORD; steps > 0; --steps) {
-        prefetch_words<ROWS>(panel);
+        prefetch_words<ROWS, VECTORS>(panel);
         add_words<ROWS, Order>(decoder, rows, row_bytes, panel, sums);
         panel += PANEL;
         rows += Order::advance(Words::PER_WORD);
     }
     if (const int rest = int(k % Words::PER_WORD)) {
-        native_u32 words[PANEL_VECTORS];
+        native_u32 words[VECTORS];
         load_words(panel, words);
         for (int i = 0; i < rest; ++i) add_weights<ROWS, Order>(decoder, rows, row_bytes, words, i, sums);
     }
@@ -121,9 +123,9 @@ constexpr int WIDENED = 64;
 // Rows are an odd number of cache lines apart, or they would share few sets of the cache.
 constexpr int WIDENED_STRIDE = WIDENED + 16;
 
-template <int ROWS, class Words>
+template <int ROWS, class Words, int VECTORS>
 INFERCOMP_INLINE void add_products(const Words& decoder, const bf16* rows, int64_t row_bytes, const uint32_t* panel,
-                                   int64_t k, Sums<native_f32, ROWS>& sums) {
+                                   int64_t k, native_f32 (&sums)[ROWS][VECTORS]) {
     using Order = EvenThenOdd<WIDENED>;
     alignas(64) float widened[ROWS * WIDENED_STRIDE];
     for (int64_t first = 0; first < k; first += WIDENED) {
@@ -156,7 +158,7 @@ struct WideningPanels {
     using accumulator = float;
     // What to use instead where the caller has the rows as floats, as when one tile of rows meets many panels.
     using Widened = WideningPanels<Words, float>;
-    static constexpr int MAX_ROWS = ROWS_IN_REGISTERS;
+    static constexpr int MAX_ROWS = ROWS_IN_PASSES;
     static constexpr int MAX_UNPACKED_ROWS = UNPACKED_ROWS_IN_REGISTERS;
 
     static constexpr int64_t panel_bytes(int64_t k) { return (k + Words::PER_WORD - 1) / Words::PER_WORD * PANEL * 4; }
@@ -164,10 +166,14 @@ struct WideningPanels {
     template <int ROWS>
     __attribute__((noinline)) static void multiply(const Activation* rows, int64_t row_stride, const void* panel,
                                                    int64_t k, float (*tile)[PANEL]) {
-        Sums<native_f32, ROWS> sums = {};
+        constexpr int VECTORS = vectors_of_pass<ROWS>();
         const int64_t row_bytes = row_stride * sizeof(Activation);
-        add_products<ROWS>(Words{}, rows, row_bytes, static_cast<const uint32_t*>(panel), k, sums);
-        store_tile<ROWS>(sums, tile);
+        for (int first = 0; first < PANEL_VECTORS; first += VECTORS) {
+            native_f32 sums[ROWS][VECTORS] = {};
+            const uint32_t* words = static_cast<const uint32_t*>(panel) + first * NATIVE_LANES;
+            add_products<ROWS>(Words{}, rows, row_bytes, words, k, sums);
+            store_tile(sums, tile, first);
+        }
     }
 
     // The same bits as packing the panel first, and less work for so few rows.
@@ -187,7 +193,7 @@ struct WideningPanels {
                 }
             }
         });
-        store_tile<ROWS>(sums, tile);
+        store_tile(sums, tile);
     }
 };
 
