@@ -40,6 +40,16 @@ INFERCOMP_INLINE native_i32 add_dot_int8(native_i32 sum, native_u32 weights, int
     return add_dot_int8(sum, weights, activations - native_i32{});
 }
 
+// The same for bytes up to 15, of which two products fit 16 bits.
+INFERCOMP_INLINE native_i32 add_dot_nibbles(native_i32 sum, native_u32 nibbles, int32_t activations) {
+#if defined(__AVX2__) && !defined(__AVX512BW__) && !defined(__AVXVNNI__)
+    const __m256i pairs = _mm256_maddubs_epi16((__m256i)nibbles, (__m256i)(activations - native_i32{}));
+    return sum + (native_i32)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#else
+    return add_dot_int8(sum, nibbles, activations);
+#endif
+}
+
 struct INT8Dot {
     using Vector = native_i32;
     INFERCOMP_INLINE static native_i32 add(native_i32 sum, native_u32 weights, int32_t activations) {
@@ -138,7 +148,7 @@ using BF16Panels = BF16WeightPanels<bf16>;
 struct INT8Panels {
     using activation = int8_t;
     using accumulator = int32_t;
-    static constexpr int MAX_ROWS = ROWS_IN_PASSES;
+    static constexpr int MAX_ROWS = ROWS_OF_INTEGERS;
 
     static constexpr int64_t panel_bytes(int64_t k) { return (k + 3) / 4 * PANEL * 4; }
 

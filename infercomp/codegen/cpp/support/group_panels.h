@@ -49,10 +49,10 @@ constexpr int field_position(int i) {
 }
 
 // Fields as floats, less a zero.
-template <int FIELD>
+template <int FIELD, int VECTORS>
 struct FieldWords {
     // Zeros, each plus the power of a field that begins at such a bit.
-    native_f32 zeros_plus_power[16 / FIELD][PANEL_VECTORS];
+    native_f32 zeros_plus_power[16 / FIELD][VECTORS];
 
     INFERCOMP_INLINE void set_zeros(native_f32 zeros, int v) {
         INFERCOMP_UNROLL
@@ -68,7 +68,8 @@ struct FieldWords {
     }
 };
 
-// One group of a panel: its codes, then the 32 scales, then the 32 zeros, if it has any.
+// One group of a panel: its codes, then the 32 scales, then the 32 zeros, if it has any. Registers of outputs count from
+// `first` on.
 template <int BITS, int GROUP, Zeros ZEROS>
 struct CodeGroup {
     static_assert(GROUP % 32 == 0);
@@ -79,8 +80,11 @@ struct CodeGroup {
     static constexpr int64_t ZEROS_AT = SCALES_AT + PANEL * 2;
     static constexpr int64_t BYTES = ZEROS_AT + PANEL * (ZEROS == Zeros::VALUES ? 2 : ZEROS == Zeros::POINTS ? 1 : 0);
     const char* start;
+    int first = 0;
 
-    INFERCOMP_INLINE const uint32_t* words() const { return reinterpret_cast<const uint32_t*>(start); }
+    INFERCOMP_INLINE const uint32_t* words() const {
+        return reinterpret_cast<const uint32_t*>(start) + first * NATIVE_LANES;
+    }
 
     INFERCOMP_INLINE native_f32 scales(int v) const { return halves(SCALES_AT, v); }
 
@@ -91,7 +95,7 @@ struct CodeGroup {
     INFERCOMP_INLINE native_i32 points(int v) const {
         if constexpr (ZEROS == Zeros::MIDDLE) return (1 << (BITS - 1)) - native_i32{};
         if constexpr (ZEROS == Zeros::VALUES) return native_i32{};
-        const char* source = start + ZEROS_AT + v * NATIVE_LANES;
+        const char* source = start + ZEROS_AT + (first + v) * NATIVE_LANES;
 #if defined(__AVX512BW__)
         return (native_i32)_mm512_maskz_cvtepu8_epi32(0xffff, load<__m128i>(source));
 #else
@@ -104,20 +108,22 @@ struct CodeGroup {
 
 private:
     INFERCOMP_INLINE native_f32 halves(int64_t at, int v) const {
-        return halves_to_floats(reinterpret_cast<const uint16_t*>(start + at) + v * NATIVE_LANES);
+        return halves_to_floats(reinterpret_cast<const uint16_t*>(start + at) + (first + v) * NATIVE_LANES);
     }
 };
 
 // tile[row] += scale · group sum. Whole tiles of both would not fit the registers, so this one lives in memory: without
 // the barrier GCC keeps a second copy of it on the stack.
-template <int ROWS>
-INFERCOMP_INLINE void add_group(const native_f32 (&scales)[PANEL_VECTORS], const Sums<native_f32, ROWS>& sums,
-                                float (*tile)[PANEL]) {
+template <int ROWS, int VECTORS, class Group>
+INFERCOMP_INLINE void add_group(const Group& group, const native_f32 (&sums)[ROWS][VECTORS], float (*tile)[PANEL]) {
+    native_f32 scales[VECTORS];
+    INFERCOMP_UNROLL
+    for (int v = 0; v < VECTORS; ++v) scales[v] = group.scales(v);
     INFERCOMP_UNROLL
     for (int row = 0; row < ROWS; ++row) {
         INFERCOMP_UNROLL
-        for (int v = 0; v < PANEL_VECTORS; ++v) {
-            float* target = tile[row] + v * NATIVE_LANES;
+        for (int v = 0; v < VECTORS; ++v) {
+            float* target = tile[row] + (group.first + v) * NATIVE_LANES;
             store(target, load<native_f32>(target) + scales[v] * sums[row][v]);
         }
     }
@@ -125,13 +131,13 @@ INFERCOMP_INLINE void add_group(const native_f32 (&scales)[PANEL_VECTORS], const
 }
 
 // tile[row] += zero · Σ activations of the row.
-template <int ROWS, class Group>
+template <int ROWS, int VECTORS, class Group>
 INFERCOMP_INLINE void add_zeros(const Group& group, const float* row_sums, float (*tile)[PANEL]) {
     INFERCOMP_UNROLL
     for (int row = 0; row < ROWS; ++row) {
         INFERCOMP_UNROLL
-        for (int v = 0; v < PANEL_VECTORS; ++v) {
-            float* target = tile[row] + v * NATIVE_LANES;
+        for (int v = 0; v < VECTORS; ++v) {
+            float* target = tile[row] + (group.first + v) * NATIVE_LANES;
             store(target, load<native_f32>(target) + group.values(v) * row_sums[row]);
         }
     }
@@ -145,7 +151,7 @@ struct GroupPanels {
     using accumulator = float;
     using Group = CodeGroup<BITS, GROUP, ZEROS>;
     using Code = typename Group::Code;
-    static constexpr int MAX_ROWS = ROWS_IN_REGISTERS;
+    static constexpr int MAX_ROWS = ROWS_OF_INTEGERS;
 
     static constexpr int64_t panel_bytes(int64_t k) { return Group::panel_bytes(k); }
 
@@ -156,7 +162,9 @@ struct GroupPanels {
         std::memset(tile, 0, sizeof(*tile) * ROWS);
         Group group{static_cast<const char*>(panel)};
         for (int64_t index = 0; index < num_groups; ++index) {
-            multiply_group<ROWS>(rows + index * GROUP, row_stride, group, row_sums + index, num_groups, tile);
+            for (group.first = 0; group.first < PANEL_VECTORS; group.first += vectors_of_pass<ROWS>()) {
+                multiply_group<ROWS>(rows + index * GROUP, row_stride, group, row_sums + index, num_groups, tile);
+            }
             group.start += Group::BYTES;
         }
     }
@@ -165,48 +173,46 @@ private:
     template <int ROWS>
     INFERCOMP_INLINE static void multiply_group(const int8_t* rows, int64_t row_stride, Group group,
                                                 const int32_t* row_sums, int64_t num_groups, float (*tile)[PANEL]) {
-        Sums<native_i32, ROWS> sums = {};
-        if constexpr (ZEROS != Zeros::VALUES) start_sums<ROWS>(group, row_sums, num_groups, sums);
+        constexpr int VECTORS = vectors_of_pass<ROWS>();
+        native_i32 sums[ROWS][VECTORS] = {};
+        if constexpr (ZEROS != Zeros::VALUES) start_sums(group, row_sums, num_groups, sums);
         const uint32_t* panel = group.words();
         for (int64_t step = 0; step < Group::STEPS; ++step) {
             prefetch<ROWS>(panel, Code::STORED * PANEL * 4);
             INFERCOMP_UNROLL
             for (int word = 0; word < Code::WORDS; ++word) {
-                add_word<ROWS>(rows + word * Code::PER_WORD, row_stride, panel, word, sums);
+                add_word(rows + word * Code::PER_WORD, row_stride, panel, word, sums);
             }
             rows += Group::PER_STEP;
             panel += Code::STORED * PANEL;
         }
         prefetch<ROWS>(panel, Group::BYTES - Group::SCALES_AT);
-        native_f32 scales[PANEL_VECTORS];
-        Sums<native_f32, ROWS> floats;
-        INFERCOMP_UNROLL
-        for (int v = 0; v < PANEL_VECTORS; ++v) scales[v] = group.scales(v);
+        native_f32 floats[ROWS][VECTORS];
         INFERCOMP_UNROLL
         for (int row = 0; row < ROWS; ++row) {
             INFERCOMP_UNROLL
-            for (int v = 0; v < PANEL_VECTORS; ++v) floats[row][v] = to_floats(sums[row][v]);
+            for (int v = 0; v < VECTORS; ++v) floats[row][v] = to_floats(sums[row][v]);
         }
-        add_group<ROWS>(scales, floats, tile);
+        add_group(group, floats, tile);
         if constexpr (ZEROS == Zeros::VALUES) {
             float float_sums[ROWS];
             for (int row = 0; row < ROWS; ++row) float_sums[row] = float(row_sums[row * num_groups]);
-            add_zeros<ROWS>(group, float_sums, tile);
+            add_zeros<ROWS, VECTORS>(group, float_sums, tile);
         }
     }
 
     // −zero · Σ activations.
-    template <int ROWS>
+    template <int ROWS, int VECTORS>
     INFERCOMP_INLINE static void start_sums(Group group, const int32_t* row_sums, int64_t num_groups,
-                                            Sums<native_i32, ROWS>& sums) {
-        native_i32 negative_zeros[PANEL_VECTORS];
+                                            native_i32 (&sums)[ROWS][VECTORS]) {
+        native_i32 negative_zeros[VECTORS];
         INFERCOMP_UNROLL
-        for (int v = 0; v < PANEL_VECTORS; ++v) negative_zeros[v] = -group.points(v);
+        for (int v = 0; v < VECTORS; ++v) negative_zeros[v] = -group.points(v);
         INFERCOMP_UNROLL
         for (int row = 0; row < ROWS; ++row) {
             const native_i32 sum = row_sums[row * num_groups] - native_i32{};
             INFERCOMP_UNROLL
-            for (int v = 0; v < PANEL_VECTORS; ++v) {
+            for (int v = 0; v < VECTORS; ++v) {
                 if constexpr (GROUP * 128 < 32768) {
                     // Both fit 16 bits, and one instruction does it where a product of 32 bits takes two.
                     const native_u32 low_half = reinterpret<native_u32>(negative_zeros[v]) & 0xffffu;
@@ -218,21 +224,25 @@ private:
         }
     }
 
-    template <int ROWS>
+    template <int ROWS, int VECTORS>
     INFERCOMP_INLINE static void add_word(const int8_t* rows, int64_t row_stride, const uint32_t* step, int word,
-                                          Sums<native_i32, ROWS>& sums) {
-        native_u32 words[PANEL_VECTORS];
+                                          native_i32 (&sums)[ROWS][VECTORS]) {
+        native_u32 words[VECTORS];
         INFERCOMP_UNROLL
-        for (int v = 0; v < PANEL_VECTORS; ++v) words[v] = Code::word(step, word, v);
+        for (int v = 0; v < VECTORS; ++v) words[v] = Code::word(step, word, v);
         INFERCOMP_UNROLL
         for (int part = 0; part < Code::PER_WORD / 4; ++part) {
             INFERCOMP_UNROLL
             for (int row = 0; row < ROWS; ++row) {
                 const int32_t activations = load<int32_t>(rows + row * row_stride + part * 4);
                 INFERCOMP_UNROLL
-                for (int v = 0; v < PANEL_VECTORS; ++v) {
-                    const native_u32 bytes = Code::FIELD == 8 ? words[v] : (words[v] >> (part * 4)) & 0x0f0f0f0fu;
-                    sums[row][v] = add_dot_int8(sums[row][v], bytes, activations);
+                for (int v = 0; v < VECTORS; ++v) {
+                    if constexpr (Code::FIELD == 8) {
+                        sums[row][v] = add_dot_int8(sums[row][v], words[v], activations);
+                    } else {
+                        const native_u32 nibbles = (words[v] >> (part * 4)) & 0x0f0f0f0fu;
+                        sums[row][v] = add_dot_nibbles(sums[row][v], nibbles, activations);
+                    }
                 }
             }
         }
@@ -263,7 +273,7 @@ struct GroupWeightPanels {
     using Widened = GroupWeightPanels<BITS, GROUP, ZEROS, float>;
     using Group = CodeGroup<BITS, GROUP, ZEROS>;
     using Code = typename Group::Code;
-    static constexpr int MAX_ROWS = ROWS_IN_REGISTERS;
+    static constexpr int MAX_ROWS = ROWS_IN_PASSES;
 
     static constexpr int64_t panel_bytes(int64_t k) { return Group::panel_bytes(k); }
 
@@ -299,16 +309,24 @@ private:
     template <int ROWS, int GROUPS, class Order = InOrder>
     INFERCOMP_INLINE static void multiply_groups(const float* rows, int64_t row_stride, const char* groups,
                                                  float (*tile)[PANEL]) {
-        FieldWords<Code::FIELD> decoders[GROUPS];
-        Sums<native_f32, ROWS> sums[GROUPS] = {};
+        for (int first = 0; first < PANEL_VECTORS; first += vectors_of_pass<ROWS>()) {
+            multiply_outputs<ROWS, GROUPS, Order>(rows, row_stride, groups, first, tile);
+        }
+    }
+
+    template <int ROWS, int GROUPS, class Order>
+    INFERCOMP_INLINE static void multiply_outputs(const float* rows, int64_t row_stride, const char* groups, int first,
+                                                  float (*tile)[PANEL]) {
+        constexpr int VECTORS = vectors_of_pass<ROWS>();
+        FieldWords<Code::FIELD, VECTORS> decoders[GROUPS];
+        Sums<native_f32, ROWS, VECTORS> sums[GROUPS] = {};
         INFERCOMP_UNROLL
         for (int g = 0; g < GROUPS; ++g) {
+            const Group group{groups + g * Group::BYTES, first};
             INFERCOMP_UNROLL
-            for (int v = 0; v < PANEL_VECTORS; ++v) {
-                decoders[g].set_zeros(to_floats(Group{groups + g * Group::BYTES}.points(v)), v);
-            }
+            for (int v = 0; v < VECTORS; ++v) decoders[g].set_zeros(to_floats(group.points(v)), v);
         }
-        const uint32_t* codes = Group{groups}.words();
+        const uint32_t* codes = Group{groups, first}.words();
         const float* activations = rows;
         for (int64_t steps = Group::STEPS; steps > 0; --steps) {
             INFERCOMP_UNROLL
@@ -326,25 +344,23 @@ private:
         }
         INFERCOMP_UNROLL
         for (int g = 0; g < GROUPS; ++g) {
-            const Group group{groups + g * Group::BYTES};
-            native_f32 scales[PANEL_VECTORS];
-            INFERCOMP_UNROLL
-            for (int v = 0; v < PANEL_VECTORS; ++v) scales[v] = group.scales(v);
-            add_group<ROWS>(scales, sums[g], tile);
+            const Group group{groups + g * Group::BYTES, first};
+            add_group(group, sums[g], tile);
             if constexpr (ZEROS == Zeros::VALUES) {
                 float row_sums[ROWS];
                 for (int row = 0; row < ROWS; ++row) row_sums[row] = sum_of<GROUP>(rows + row * row_stride + g * GROUP);
-                add_zeros<ROWS>(group, row_sums, tile);
+                add_zeros<ROWS, VECTORS>(group, row_sums, tile);
             }
         }
     }
 
-    template <int ROWS, class Order>
-    INFERCOMP_INLINE static void add_word(const FieldWords<Code::FIELD>& decoder, const float* rows, int64_t row_bytes,
-                                          const uint32_t* step, int word, Sums<native_f32, ROWS>& sums) {
-        native_u32 words[PANEL_VECTORS];
+    template <int ROWS, class Order, int VECTORS>
+    INFERCOMP_INLINE static void add_word(const FieldWords<Code::FIELD, VECTORS>& decoder, const float* rows,
+                                          int64_t row_bytes, const uint32_t* step, int word,
+                                          native_f32 (&sums)[ROWS][VECTORS]) {
+        native_u32 words[VECTORS];
         INFERCOMP_UNROLL
-        for (int v = 0; v < PANEL_VECTORS; ++v) words[v] = Code::word(step, word, v);
+        for (int v = 0; v < VECTORS; ++v) words[v] = Code::word(step, word, v);
         INFERCOMP_UNROLL
         for (int i = 0; i < Code::PER_WORD; ++i) add_weights<ROWS, Order>(decoder, rows, row_bytes, words, i, sums);
     }

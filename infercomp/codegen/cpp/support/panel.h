@@ -27,6 +27,8 @@ constexpr int ROWS_IN_REGISTERS = REGISTERS_OF_SUMS / PANEL_VECTORS;
 // More rows share each weight where a panel is taken in passes, a part of its outputs at a time: at least two registers
 // of them, which share each broadcast activation.
 constexpr int ROWS_IN_PASSES = REGISTERS_OF_SUMS / 2;
+// Products of integers gain nothing by that: to take a weight apart is a small part of their work.
+constexpr int ROWS_OF_INTEGERS = ROWS_IN_REGISTERS < 3 ? ROWS_IN_PASSES : ROWS_IN_REGISTERS;
 
 // How many of a panel's registers of outputs so many rows take in one pass.
 template <int ROWS>
