@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import warnings
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from .report import Report
 from .runtime.decode_graphs import CudaCapture
 from .runtime.disk_memory import DiskMemory
 from .runtime.engine import Engine, StepModel
-from .runtime.errors import ConfigError, InputError, ModelLoadError
+from .runtime.errors import ConfigError, FallbackWarning, InputError, ModelLoadError
 from .runtime.kv_pools import allocate_pools, num_blocks_for
 from .runtime.request import RequestOutput, SamplingParams, checked_prompt
 from .runtime.step import StepInputs
@@ -329,9 +330,15 @@ def _disk_for(config: Config, texts: Texts) -> DiskMemory | None:
     takes long and reads one layer after the other."""
     from .codegen.cpp.toolchain import cache_folder
 
-    if config.offload_folder == "auto":
-        return None if texts.calibration is None else DiskMemory(cache_folder(config.codegen.cache_dir))
-    return None if config.offload_folder is None else DiskMemory(Path(config.offload_folder).expanduser())
+    if config.offload_folder is None or (config.offload_folder == "auto" and texts.calibration is None):
+        return None
+    if config.offload_folder != "auto":
+        return DiskMemory(Path(config.offload_folder).expanduser())
+    try:
+        return DiskMemory(cache_folder(config.codegen.cache_dir))
+    except ConfigError as error:
+        warnings.warn(f"weights stay in memory: {error.what}", FallbackWarning, stacklevel=4)
+        return None
 
 
 def _require_only_options(dtype: torch.dtype | None, texts: Texts) -> None:

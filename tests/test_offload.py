@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import infercomp
-from infercomp.runtime.errors import ConfigError
+from infercomp.runtime.errors import ConfigError, FallbackWarning
 
 TOKENS = torch.randint(0, 100, (4, 64), generator=torch.Generator().manual_seed(1))
 # Matrices of 64 KiB and more are moved to disk.
@@ -66,6 +66,12 @@ def test_calibration_alone_puts_weights_beside_the_kernels(folder: Path, tmp_pat
     assert not (tmp_path / "plain").exists()
     logits(folder, quantization="w8a16-search", calibration=TOKENS, cache_dir=str(tmp_path / "calibrated"))
     assert list((tmp_path / "calibrated").iterdir()) == []
+
+
+def test_without_a_folder_for_kernels_weights_stay_in_memory(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.warns(FallbackWarning, match="weights stay in memory"):
+        logits(folder, quantization="w8a16-search", calibration=TOKENS, cache_dir=str(tmp_path / "file"))
 
 
 def test_a_folder_that_cannot_be_is_named(folder: Path, tmp_path: Path) -> None:
