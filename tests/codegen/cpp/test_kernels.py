@@ -187,6 +187,17 @@ def test_integer_kernels_are_exact(rows: int, group: int, num_groups: int, outpu
             torch.testing.assert_close(mine, expected, rtol=0, atol=0, equal_nan=True, msg=str(position))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_channels", [1024, 2048])
+def test_rows_a_multiple_of_4_kib_apart(dtype: torch.dtype, num_channels: int) -> None:
+    """They share sets of the cache, and tiles are smaller then."""
+    torch.manual_seed(0)
+    module, x = nn.Linear(num_channels, 40).to(dtype).eval(), torch.randn(50, num_channels).to(dtype)
+    (got,), ops = _kernel_outputs(module, x)
+    assert {op.how for op in ops} == {"cpp"}
+    _assert_close(got, module(x), module.double()(x.double()), num_channels)
+
+
 def test_a_planted_bug_is_caught() -> None:
     """The comparison sees an error of one part in a hundred in one element."""
     exact = torch.randn(4, 8, dtype=torch.float64)

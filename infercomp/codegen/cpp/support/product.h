@@ -181,7 +181,8 @@ void run_product_task(const Product& p, int64_t task, const typename Format::act
         }
     }
     const uint8_t* words = panels_from<Multiplied>(weights, first_panel, last_panel, p.reduced);
-    const int64_t most = stride * int64_t(sizeof(*rows)) % 4096 ? Multiplied::MAX_ROWS : ROWS_OF_ONE_SET;
+    const bool share_a_set = stride * int64_t(sizeof(*rows)) % 4096 == 0;
+    const int64_t most = share_a_set ? std::min(Multiplied::MAX_ROWS, ROWS_OF_ONE_SET) : Multiplied::MAX_ROWS;
     const int64_t tile_rows = divide_up(num_rows, divide_up(num_rows, most));
     for (int64_t first = 0; first < num_rows; first += tile_rows) {
         const int count = int(std::min(num_rows - first, tile_rows));
