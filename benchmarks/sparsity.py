@@ -70,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="magnitude,wanda,sparsegpt", help="names with commas between them")
     parser.add_argument("--pattern", default="2:4")
-    parser.add_argument("--regressions", type=int, default=2)
+    parser.add_argument("--regressions", type=int, default=50)
     parser.add_argument("--calibration-tokens", type=int, default=8192)
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()

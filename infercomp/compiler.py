@@ -12,7 +12,7 @@ from .codegen.model_graph import ModelGraph
 from .config import Config
 from .dumps import Dump, open_dump
 from .kernel_files import kernel_files
-from .passes.calibration import Calibration
+from .passes.calibration import Calibration, Progress, silent
 from .passes.config import PassConfig
 from .passes.pipeline import run_pipeline
 from .passes.record import PassRecord
@@ -68,6 +68,7 @@ def rewrite_graph(
     serving: bool = False,
     calibration: Calibration | None = None,
     evaluation: Sequence[Mapping[str, Any]] = (),
+    progress: Progress = silent,
 ) -> Rewritten:
     """Run the pipeline on ``model_graph`` (in place); dumps every stage if ``config.dump`` is set."""
     dump = open_dump(config.dump) if config.dump else None
@@ -81,6 +82,7 @@ def rewrite_graph(
         calibration=calibration,
         evaluation=evaluation,
         on_change=dump.write_graph if dump else None,
+        progress=progress,
     )
     return Rewritten(model_graph, records, dump)
 

@@ -24,6 +24,7 @@ from .passes.compress_weights import SPARSE_VALUES
 from .passes.grouped_query import GroupedQuery
 from .passes.quantize_linears import ZERO_VALUE
 from .passes.sparsify_linears import CHANNEL_ORDER
+from .progress import work_progress
 from .runtime.disk_memory import DiskMemory, DiskWeights
 from .runtime.kv_pools import KvCacheSpec
 from .served_linears import linears_of
@@ -134,7 +135,15 @@ def compile_for_serving(
     data, folder = texts.calibration, texts.calibration_folder
     samples = calibration_for(config.passes, data, tokenizer, examples, folder=folder, **sizes)
     evaluated = evaluation_for(texts.evaluation, tokenizer, examples, **sizes)
-    rewritten = rewrite_graph(captured, config, examples, serving=True, calibration=samples, evaluation=evaluated)
+    rewritten = rewrite_graph(
+        captured,
+        config,
+        examples,
+        serving=True,
+        calibration=samples,
+        evaluation=evaluated,
+        progress=work_progress,
+    )
     if linears:
         require_all_taken(captured, rewritten.records)
     compiled = lower_graph(rewritten, config)

@@ -31,7 +31,7 @@ def counts(weight: torch.Tensor, m: int) -> torch.Tensor:
 def sparse(
     sparsity: Any, calibration: Calibration | None = CALIBRATION, in_float64: bool = False, **options: Any
 ) -> tuple[ModelGraph, PassRecord]:
-    model_graph = copied(_captured(in_float64))
+    model_graph = copied(captured(in_float64))
     config = PassConfig(sparsity=sparsity, **options)
     records = run_pipeline(model_graph, config, pipeline=THROUGH, calibration=calibration)
     return model_graph, records[-1]
@@ -49,6 +49,6 @@ def outputs(model_graph: ModelGraph) -> torch.Tensor:
 
 
 @functools.cache
-def _captured(in_float64: bool) -> ModelGraph:
+def captured(in_float64: bool) -> ModelGraph:
     model = byte_model().double() if in_float64 else byte_model()
     return capture_for_serving(model, position_limit(model))[0]

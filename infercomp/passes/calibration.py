@@ -27,7 +27,7 @@ Progress = Callable[[int], AbstractContextManager[Callable[[str], None]]]
 
 
 @contextlib.contextmanager
-def _silent(num_items: int) -> Iterator[Callable[[str], None]]:
+def silent(num_items: int) -> Iterator[Callable[[str], None]]:
     yield lambda name: None
 
 
@@ -47,7 +47,7 @@ class Calibration:
     """Inputs of the graph by name, a mapping for each sample; how progress over layers is shown; what is kept."""
 
     samples: tuple[Mapping[str, Any], ...]
-    progress: Progress = _silent
+    progress: Progress = silent
     measured: MeasuredLayers | None = None
 
     def __post_init__(self) -> None:

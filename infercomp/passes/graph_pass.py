@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from ..codegen.model_graph import ModelGraph, source_line
-from .calibration import Calibration
+from .calibration import Calibration, Progress, silent
 from .config import PassConfig
 from .linear_recipes import LinearRecipe
 from .record import LayerError, NearMiss, Site
@@ -94,12 +94,14 @@ class PassContext:
         calibration: Calibration | None = None,
         decisions: dict[str, Decision] | None = None,
         evaluation: Sequence[Mapping[str, Any]] = (),
+        progress: Progress = silent,
     ) -> None:
         self.name = name
         self.config = config
         self.calibration = calibration
         self.decisions = {} if decisions is None else decisions
         self.evaluation = evaluation
+        self.progress = progress
         self.layer_errors: list[LayerError] = []
         self.sites: list[Site] = []
         self.near_misses: list[NearMiss] = []

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -30,6 +30,9 @@ _NUM_WAYS = 512
 _PAIRS_LOOKED_AT = 16
 _LEAST_GAIN = 1e-12
 _BATCH_VALUES = 1 << 19
+# They are summed where they still lie in a cache.
+_DIFFERENCES_AT_ONCE = 1 << 21
+_ROWS_AT_ONCE = 256
 
 
 class NMPattern(NamedTuple):
@@ -57,7 +60,7 @@ class PermutationSearch:
     num_swaps_limit: int = 16
     """The most random swaps in one regression; there are one to as many."""
 
-    num_stripe_pairs: int = 16
+    num_stripe_pairs: int = 64
     """Stripe pairs shared out anew in one round of "deep"."""
 
     seed: int = 0
@@ -78,9 +81,10 @@ def permutation_search(
 ) -> torch.Tensor:
     """The order, int64 [columns], in which ``scores[:, order]`` keeps the most found under ``pattern`` = (n, m).
 
-    ``scores`` [rows, columns] are finite and not negative. The search runs on the CPU, in float64, and holds the scores
-    and a table [columns, columns]; ``progress`` is told of each regression. Raises ValueError where n and m are out of
-    range, where m does not divide the columns, and for scores of another shape, below zero or not finite.
+    ``scores`` [rows, columns] are finite and not negative. The search runs on the CPU and holds the scores and a table
+    [columns, columns], both in float32, or float64 where the scores are; whether a move gains, float64 decides.
+    ``progress`` is told of each regression. Raises ValueError where n and m are out of range, where m does not divide
+    the columns, and for scores of another shape, below zero or not finite.
     """
     pattern = _checked(scores, pattern)
     stripes = Stripes.of(scores, pattern)
@@ -104,15 +108,17 @@ def retained(scores: torch.Tensor, order: torch.Tensor, n: int, m: int) -> float
 class Stripes:
     """Columns in an order, what each stripe keeps, and what each swap of two columns would gain.
 
-    order: int64 [C]; columns: float64 [C, R], in that order; kept: float64 [S]; gains: float64 [C, C], what the stripe
-    of place i gains with the column of place j in the place of i; shared: bool [S, S], for a < b whether the columns
-    of these two stripes, as they are now, have been shared out in all ways.
+    order: int64 [C]; columns: [C, R], in that order; kept: float64 [S]; gains: [C, C], what the stripe of place i gains
+    with the column of place j in the place of i; best: [S, S], what the best swap of a column of one stripe with one of
+    the other gains both, -inf for a stripe with itself; shared: bool [S, S], for a < b whether the columns of these two
+    stripes, as they are now, have been shared out in all ways.
     """
 
     order: torch.Tensor
     columns: torch.Tensor
     kept: torch.Tensor
     gains: torch.Tensor
+    best: torch.Tensor
     shared: torch.Tensor
     pattern: NMPattern
 
@@ -120,10 +126,12 @@ class Stripes:
     def of(scores: torch.Tensor, pattern: NMPattern) -> Stripes:
         num_columns = scores.shape[1]
         num_stripes = num_columns // pattern.m
-        columns = scores.detach().t().to("cpu", torch.float64, copy=True, memory_format=torch.contiguous_format)
-        kept, gains = columns.new_empty(num_stripes), columns.new_empty(num_columns, num_columns)
+        dtype = torch.promote_types(scores.dtype, torch.float32)
+        columns = scores.detach().t().to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
+        kept, gains = torch.empty(num_stripes, dtype=torch.float64), columns.new_empty(num_columns, num_columns)
+        best = columns.new_full((num_stripes, num_stripes), -math.inf)
         shared = torch.zeros(num_stripes, num_stripes, dtype=torch.bool)
-        stripes = Stripes(torch.arange(num_columns), columns, kept, gains, shared, pattern)
+        stripes = Stripes(torch.arange(num_columns), columns, kept, gains, best, shared, pattern)
         stripes.measure(torch.arange(num_stripes))
         return stripes
 
@@ -136,21 +144,23 @@ class Stripes:
         return Stripes(**tensors, pattern=self.pattern)
 
     def measure(self, changed: torch.Tensor) -> None:
-        """Bring ``kept``, ``gains`` and ``shared`` up to date with the columns of the stripes ``changed``.
+        """Bring all but ``order`` and ``columns`` up to date with the columns of the stripes ``changed``.
 
-        With column x in the place of p, a row of a stripe keeps max(x, t) and the n - 1 largest of the others, t being
-        the nth largest of the others. As max(x, t) is (x + t + |x - t|) / 2, the sums over rows are L1 distances.
+        In a row of a stripe, t being the nth largest of all but column p, p adds max(p - t, 0) to what is kept, and so
+        would another column in its place.
         """
         n, m = self.pattern
         in_stripes = self.columns.unflatten(0, (-1, m))[changed]
-        largest = in_stripes.transpose(1, 2).sort(dim=-1, descending=True).values
-        last_kept, next_in_size = largest[:, None, :, n - 1], largest[:, None, :, n]
-        thresholds = torch.where(in_stripes >= last_kept, next_in_size, last_kept).flatten(0, 1)
-        lost = in_stripes.maximum(last_kept).sum(dim=2).flatten()
-        entering = torch.cdist(thresholds, self.columns, p=1)
-        entering += thresholds.sum(dim=1)[:, None] + self.columns.sum(dim=1)
-        self.gains[places_of(changed, m)] = entering / 2 - lost[:, None]
-        self.kept[changed] = largest[..., :n].sum(dim=(1, 2))
+        *_, last_kept, next_in_size = (each[:, None] for each in _largest(in_stripes.unbind(1), n + 1))
+        thresholds = torch.where(in_stripes >= last_kept, next_in_size, last_kept)
+        lost = (in_stripes - thresholds).relu_().sum(dim=2).flatten()
+        places = places_of(changed, m)
+        self.gains[places] = _sums_above(thresholds.flatten(0, 1), self.columns) - lost[:, None]
+        self.kept[changed] = self._kept_by(in_stripes)
+        of_both = self.gains[places] + self.gains[:, places].t()
+        best = of_both.unflatten(1, (-1, m)).unflatten(0, (-1, m)).amax(dim=(1, 3))
+        self.best[changed], self.best[:, changed] = best, best.t()
+        self.best[changed, changed] = -math.inf
         self.shared[changed] = False
         self.shared[:, changed] = False
 
@@ -161,12 +171,21 @@ class Stripes:
         self.gains[:, places] = self.gains[:, sources]
         self.measure((places // self.pattern.m).unique())
 
-    def swap_gains(self) -> torch.Tensor:
-        """[S, M, S, M]: what swapping column i of stripe a with column j of stripe b gains; -inf unless a < b."""
+    def rearrange_where_it_gains(self, places: torch.Tensor, sources: torch.Tensor) -> bool:
+        """The same for those pairs of stripes [P, 2m] that keep more then; False if none does."""
         m = self.pattern.m
-        both = (self.gains + self.gains.t()).unflatten(1, (-1, m)).unflatten(0, (-1, m))
-        ordered = torch.ones(self.num_stripes, self.num_stripes, dtype=torch.bool).triu(1)
-        return both.masked_fill_(~ordered[:, None, :, None], -math.inf)
+        before = self.kept[places[:, ::m] // m].sum(dim=1)
+        after = self._kept_by(self.columns[sources].unflatten(1, (2, m)).flatten(0, 1)).view(-1, 2).sum(dim=1)
+        gaining = after - before > _LEAST_GAIN * before
+        if not bool(gaining.any()):
+            return False
+        self.rearrange(places[gaining].flatten(), sources[gaining].flatten())
+        return True
+
+    def _kept_by(self, in_stripes: torch.Tensor) -> torch.Tensor:
+        """What stripes of the columns [K, m, R] keep: float64 [K]."""
+        largest = _largest(in_stripes.unbind(1), self.pattern.n)
+        return torch.stack(largest).sum(dim=(0, 2), dtype=torch.float64)
 
 
 def places_of(stripes: torch.Tensor, m: int) -> torch.Tensor:
@@ -187,47 +206,41 @@ def _checked(scores: torch.Tensor, pattern: tuple[int, int]) -> NMPattern:
 
 def _improve(stripes: Stripes, search: PermutationSearch) -> None:
     """Swap columns, and share out those of stripe pairs where "deep" asks for it, until neither gains."""
-    while True:
-        gains = stripes.swap_gains()
-        best = gains.amax(dim=(1, 3))
-        if _make_swaps(stripes, gains, best):
-            continue
-        if search.method != "deep" or not _share_out(stripes, best, search.num_stripe_pairs):
-            return
+    while _swap(stripes) or (search.method == "deep" and _share_out(stripes, search.num_stripe_pairs)):
+        pass
 
 
-def _make_swaps(stripes: Stripes, gains: torch.Tensor, best: torch.Tensor) -> bool:
+def _swap(stripes: Stripes) -> bool:
     """Make the best swap of each of the stripe pairs that gain most, no stripe in two pairs; False if none gains."""
     m = stripes.pattern.m
-    pairs = (best > 0).nonzero()
-    chosen = pairs[_gaining(stripes, pairs, best[pairs[:, 0], pairs[:, 1]])]
-    swaps = gains[chosen[:, 0], :, chosen[:, 1], :].flatten(1).argmax(dim=1)
-    first, second = chosen[:, 0] * m + swaps // m, chosen[:, 1] * m + swaps % m
-    stripes.rearrange(torch.cat((first, second)), torch.cat((second, first)))
-    return bool(len(chosen))
+    pairs = (stripes.best.triu(1) > 0).nonzero()
+    pairs = pairs[_gaining(stripes, pairs, stripes.best[pairs[:, 0], pairs[:, 1]])]
+    places = (pairs[:, :, None] * m + torch.arange(m)).flatten(1)
+    first, second = places[:, :m, None], places[:, None, m:]
+    swaps = (stripes.gains[first, second] + stripes.gains[second, first]).flatten(1).argmax(dim=1, keepdim=True)
+    columns = torch.cat((swaps // m, swaps % m + m), dim=1)
+    return stripes.rearrange_where_it_gains(places, places.scatter(1, columns, places.gather(1, columns.flip(1))))
 
 
-def _share_out(stripes: Stripes, best: torch.Tensor, num_pairs: int) -> bool:
+def _share_out(stripes: Stripes, num_pairs: int) -> bool:
     """Share out in the best way the columns of the stripe pairs whose best swap loses least; False if none gains."""
     m = stripes.pattern.m
-    promise, flat = best.masked_fill(stripes.shared, -math.inf).flatten().topk(min(num_pairs, best.numel()))
+    is_open = torch.ones_like(stripes.shared).triu(1) & ~stripes.shared
+    promise, flat = stripes.best.where(is_open, -math.inf).flatten().topk(min(num_pairs, stripes.best.numel()))
     flat = flat[promise > -math.inf]
     if not len(flat):
         return False
     pairs = torch.stack((flat // stripes.num_stripes, flat % stripes.num_stripes), dim=1)
     stripes.shared[pairs[:, 0], pairs[:, 1]] = True
     places, ways = (pairs[:, :, None] * m + torch.arange(m)).flatten(1), _ways(m)
-    gains, chosen_ways = _kept_in_ways(stripes, places, ways).max(dim=1)
-    gains -= stripes.kept[pairs].sum(dim=1)
-    chosen = _gaining(stripes, pairs, gains)
-    shares = ways[chosen_ways[chosen]]
-    stripes.rearrange(places[chosen].flatten(), places[chosen].gather(1, shares).flatten())
-    return bool(len(chosen))
+    kept, chosen_ways = _kept_in_ways(stripes, places, ways).max(dim=1)
+    chosen = _gaining(stripes, pairs, kept - stripes.kept[pairs].sum(dim=1))
+    return stripes.rearrange_where_it_gains(places[chosen], places[chosen].gather(1, ways[chosen_ways[chosen]]))
 
 
 def _gaining(stripes: Stripes, pairs: torch.Tensor, gains: torch.Tensor) -> torch.Tensor:
-    """Which of ``pairs`` [P, 2] gain more than rounding does: largest gain first, no stripe in two of them."""
-    indices = (gains > _LEAST_GAIN * stripes.kept[pairs].sum(dim=1)).nonzero().flatten()
+    """Which of ``pairs`` [P, 2] gain: largest gain first, no stripe in two of them."""
+    indices = (gains > 0).nonzero().flatten()
     indices = indices[gains[indices].argsort(descending=True, stable=True)[: _PAIRS_LOOKED_AT * stripes.num_stripes]]
     taken: set[int] = set()
     chosen = []
@@ -262,18 +275,32 @@ def _kept_in_ways(stripes: Stripes, places: torch.Tensor, ways: torch.Tensor) ->
     kept = []
     for batch in places.split(max(1, _BATCH_VALUES // (2 * len(ways) * max(1, num_rows)))):
         columns = stripes.columns[batch]
-        sums = _sum_of_largest([columns[:, halves[:, :, place]] for place in range(m)], n)
-        kept.append(sums.sum(dim=(2, 3)))
+        largest = _largest([columns[:, halves[:, :, place]] for place in range(m)], n)
+        kept.append(torch.stack(largest).sum(dim=(0, 3, 4), dtype=torch.float64))
     return torch.cat(kept)
 
 
-def _sum_of_largest(values: list[torch.Tensor], n: int) -> torch.Tensor:
-    """Elementwise, the sum of the ``n`` largest of ``values``, which are used up."""
-    largest = values[:n]
-    for value in values[n:]:
+def _largest(values: Sequence[torch.Tensor], count: int) -> list[torch.Tensor]:
+    """Elementwise, the ``count`` largest of ``values``, the largest first."""
+    largest: list[torch.Tensor] = []
+    for value in values:
         for index, each in enumerate(largest):
             largest[index], value = each.maximum(value), each.minimum(value)
-    return torch.stack(largest).sum(dim=0)
+        if len(largest) < count:
+            largest.append(value)
+    return largest
+
+
+def _sums_above(thresholds: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """[P, C]: the sum over rows of max(x - t, 0), for each of ``thresholds`` [P, R] and each of ``columns`` [C, R]."""
+    sums = thresholds.new_zeros(len(thresholds), len(columns))
+    at_once = max(1, _DIFFERENCES_AT_ONCE // (len(columns) * _ROWS_AT_ONCE))
+    space = thresholds.new_empty(at_once * len(columns) * _ROWS_AT_ONCE)
+    for rows, others in zip(thresholds.split(_ROWS_AT_ONCE, 1), columns.split(_ROWS_AT_ONCE, 1), strict=True):
+        for row, total in zip(rows.split(at_once), sums.split(at_once), strict=True):
+            differences = space[: len(row) * others.numel()].view(len(row), *others.shape)
+            total += torch.sub(others, row[:, None], out=differences).relu_().sum(dim=2)
+    return sums
 
 
 def _regress(

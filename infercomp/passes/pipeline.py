@@ -14,7 +14,7 @@ from typing import Any
 from ..codegen.model_graph import ModelGraph
 from ..runtime.errors import PassError
 from .allocate_bits import ALLOCATE_BITS
-from .calibration import Calibration
+from .calibration import Calibration, Progress, silent
 from .compress_weights import COMPRESS_WEIGHTS
 from .config import PassConfig, check_pass_names
 from .convert_attention import CONVERT_ATTENTION
@@ -114,12 +114,14 @@ def run_pipeline(
     evaluation: Sequence[Mapping[str, Any]] = (),
     pipeline: tuple[Pass, ...] = PIPELINE,
     on_change: OnChange | None = None,
+    progress: Progress = silent,
 ) -> tuple[PassRecord, ...]:
     """Run the passes in order on ``model_graph``, in place; one record a pass.
 
     ``example_inputs`` (by placeholder name) are needed for ``config.verify``, ``calibration`` for recipes that say so.
-    ``evaluation`` are samples that the errors of rounded layers are measured on. Raises ConfigError for an unknown pass
-    name, VerificationError where a pass breaks the graph or leaves its class.
+    ``evaluation`` are samples that the errors of rounded layers are measured on, ``progress`` shows long work without
+    samples. Raises ConfigError for an unknown pass name, VerificationError where a pass breaks the graph or leaves
+    its class.
     """
     check_pass_names(config, pass_names(pipeline))
     check_order(pipeline)
@@ -133,7 +135,7 @@ def run_pipeline(
             continue
         # What serving cannot do without is no step of a bisection.
         own_budget = budget if graph_pass.optional else MatchBudget(None)
-        context = PassContext(graph_pass.name, config, own_budget, calibration, decisions, evaluation)
+        context = PassContext(graph_pass.name, config, own_budget, calibration, decisions, evaluation, progress)
         record, inputs = _run_pass(graph_pass, model_graph, context, inputs, layer_errors)
         if record.matches and on_change is not None:
             on_change(index, graph_pass.name, model_graph, inputs)

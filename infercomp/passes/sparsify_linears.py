@@ -64,8 +64,10 @@ def run(model_graph: ModelGraph, context: PassContext) -> None:
 
     sparsifier = _Sparsifier(model_graph, context, sparsity, readers)
     if context.calibration is None or not sparsity.has_measured_score:
-        for source, nodes in readers.items():
-            sparsifier.take(source, sparsifier.pruned(nodes, None))
+        with context.progress(len(readers)) as begin:
+            for source, nodes in readers.items():
+                begin(layers[source])
+                sparsifier.take(source, sparsifier.pruned(nodes, None))
     else:
         observe(
             model_graph,

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from graph_testing import copied
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_llm import byte_model, byte_tokenizer
-from sparse_models import TOKENS, counts, of_layers, outputs, sparse
+from sparse_models import THROUGH, TOKENS, captured, counts, of_layers, outputs, sparse
 
 import infercomp
 from infercomp import GOBO, GPTQ, LLM, NM, W3A16, W4A16, W8A8, ConfigError
@@ -28,6 +31,7 @@ from infercomp.passes.sparse_masks import masked, n_m_mask, sparsegpt
 from infercomp.runtime.errors import NumericalError
 from infercomp.serving import capture_for_serving, position_limit
 
+FIRST_READERS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
 patterns = st.integers(2, 16).flatmap(lambda m: st.tuples(st.integers(1, m - 1), st.just(m)))
 
 
@@ -90,6 +94,19 @@ def test_sparsegpt_is_the_best_there_is_for_its_mask() -> None:
             continue  # the channel to the left is kept, and nothing to the right of it is there to make up
         fitted = torch.linalg.lstsq(inputs[:, 1:].double(), inputs.double() @ expected[:, None]).solution
         torch.testing.assert_close(row[1:], fitted[0], rtol=1e-6, atol=1e-9)
+
+
+def test_progress_names_layers_where_no_text_is_read() -> None:
+    names: list[str] = []
+
+    @contextlib.contextmanager
+    def progress(num_items: int) -> Iterator[Callable[[str], None]]:
+        names.append(f"{num_items} in all")
+        yield names.append
+
+    run_pipeline(copied(captured(False)), PassConfig(sparsity=NM(2, 4)), pipeline=THROUGH, progress=progress)
+    assert names[0] == f"{len(names) - 1} in all"
+    assert names[1:5] == [f"model.model.layers.0.{each}" for each in FIRST_READERS]
 
 
 def test_inputs_that_depend_on_each_other_are_named() -> None:
