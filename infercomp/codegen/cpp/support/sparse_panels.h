@@ -58,22 +58,26 @@ struct SignedINT8Words {
     }
 };
 
-// add_step(first input, words of values, places) for each step, the places shifted to their lowest bits.
-template <int ROWS, int WORDS, class AddStep>
-INFERCOMP_INLINE void for_each_step(const void* panel, int64_t k, AddStep add_step) {
-    const auto* words = static_cast<const uint32_t*>(panel);
+// Beside the sums, weights and their places take registers, so that fewer rows share them than of dense weights.
+constexpr int SPARSE_ROWS = NATIVE_REGISTERS > 16 ? ROWS_IN_PASSES : 4;
+
+// add_step(first input, words of values, places) for each step, the places shifted to their lowest bits. `words` starts
+// at the first of the registers of outputs that are taken.
+template <int ROWS, int VECTORS, int WORDS, class AddStep>
+INFERCOMP_INLINE void for_each_step(const uint32_t* words, int64_t k, AddStep add_step) {
     for (int64_t block = 0; block < k; block += SPARSE_BLOCK) {
-        native_u32 places[PANEL_VECTORS];
-        prefetch_words<ROWS>(words);
+        native_u32 places[VECTORS];
+        prefetch_words<ROWS, VECTORS>(words);
         load_words(words, places);
         words += PANEL;
         const int64_t end = k - block < SPARSE_BLOCK ? k : block + SPARSE_BLOCK;
         for (int64_t first = block; first < end; first += SPARSE_STEP) {
-            prefetch<ROWS>(words, WORDS * PANEL * 4);
+            INFERCOMP_UNROLL
+            for (int word = 0; word < WORDS; ++word) prefetch_words<ROWS, VECTORS>(words + word * PANEL);
             add_step(first, words, places);
             words += WORDS * PANEL;
             INFERCOMP_UNROLL
-            for (int v = 0; v < PANEL_VECTORS; ++v) places[v] >>= 2;
+            for (int v = 0; v < VECTORS; ++v) places[v] >>= 2;
         }
     }
 }
@@ -88,7 +92,7 @@ struct SparseWeightPanels {
     using activation = Activation;
     using accumulator = float;
     using Widened = SparseWeightPanels<Words, float>;
-    static constexpr int MAX_ROWS = ROWS_IN_REGISTERS;
+    static constexpr int MAX_ROWS = SPARSE_ROWS;
     static constexpr int STEP_WORDS = SPARSE_VALUES / Words::PER_WORD;
 
     static constexpr int64_t panel_bytes(int64_t k) { return sparse_panel_bytes(k, 4 / Words::PER_WORD); }
@@ -96,32 +100,40 @@ struct SparseWeightPanels {
     template <int ROWS>
     __attribute__((noinline)) static void multiply(const float* rows, int64_t row_stride, const void* panel, int64_t k,
                                                    float (*tile)[PANEL]) {
-        Sums<native_f32, ROWS> sums = {};
-        for_each_step<ROWS, STEP_WORDS>(
+        constexpr int VECTORS = vectors_of_pass<ROWS>();
+        for (int first = 0; first < PANEL_VECTORS; first += VECTORS) {
+            const uint32_t* words = static_cast<const uint32_t*>(panel) + first * NATIVE_LANES;
+            native_f32 sums[ROWS][VECTORS] = {};
+            add_products<ROWS>(rows, row_stride, words, k, sums);
+            store_tile(sums, tile, first);
+        }
+    }
+
+private:
+    template <int ROWS, int VECTORS>
+    INFERCOMP_INLINE static void add_products(const float* rows, int64_t row_stride, const uint32_t* panel, int64_t k,
+                                              native_f32 (&sums)[ROWS][VECTORS]) {
+        for_each_step<ROWS, VECTORS, STEP_WORDS>(
             panel, k,
-            [&](int64_t first, const uint32_t* words, const native_u32(&places)[PANEL_VECTORS]) INFERCOMP_INLINE_LAMBDA {
+            [&](int64_t first, const uint32_t* words, const native_u32(&places)[VECTORS]) INFERCOMP_INLINE_LAMBDA {
                 const char* activations = reinterpret_cast<const char*>(rows + first);
                 INFERCOMP_UNROLL
                 for (int i = 0; i < SPARSE_VALUES; ++i) {
-                    native_f32 weights[PANEL_VECTORS];
-                    native_u32 shifted[PANEL_VECTORS];
                     INFERCOMP_UNROLL
-                    for (int v = 0; v < PANEL_VECTORS; ++v) {
+                    for (int v = 0; v < VECTORS; ++v) {
                         const uint32_t* source = words + i / Words::PER_WORD * PANEL + v * NATIVE_LANES;
-                        weights[v] = Words{}.weight(load<native_u32>(source), i % Words::PER_WORD, v);
-                        shifted[v] = places[v] >> 8 * i;
-                    }
-                    INFERCOMP_UNROLL
-                    for (int row = 0; row < ROWS; ++row) {
-                        const char* group = activations + row * row_stride * 4 + i / 2 * 16;
+                        const native_f32 weights = Words{}.weight(load<native_u32>(source), i % Words::PER_WORD, v);
+                        const native_u32 shifted = places[v] >> 8 * i;
                         INFERCOMP_UNROLL
-                        for (int v = 0; v < PANEL_VECTORS; ++v) {
-                            sums[row][v] += weights[v] * pick(reinterpret_cast<const float*>(group), shifted[v]);
+                        for (int row = 0; row < ROWS; ++row) {
+                            const char* group = activations + row * row_stride * 4 + i / 2 * 16;
+                            sums[row][v] += weights * pick(reinterpret_cast<const float*>(group), shifted);
                         }
+                        // Else GCC keeps each group for the next register of outputs, and has no room for so many.
+                        if constexpr (ROWS > 2) asm volatile("" : : : "memory");
                     }
                 }
             });
-        store_tile(sums, tile);
     }
 };
 
@@ -129,39 +141,49 @@ struct SparseWeightPanels {
 struct SparseUINT8Panels {
     using activation = uint8_t;
     using accumulator = int32_t;
-    static constexpr int MAX_ROWS = ROWS_IN_REGISTERS;
+    static constexpr int MAX_ROWS = ROWS_IN_PASSES;
 
     static constexpr int64_t panel_bytes(int64_t k) { return sparse_panel_bytes(k, 1); }
 
     template <int ROWS>
     __attribute__((noinline)) static void multiply(const uint8_t* rows, int64_t row_stride, const void* panel, int64_t k,
                                                    const int32_t*, int32_t (*tile)[PANEL]) {
-        Sums<native_i32, ROWS> sums = {};
-        native_i32 excess[PANEL_VECTORS] = {};
-        for_each_step<ROWS, 1>(
+        constexpr int VECTORS = vectors_of_pass<ROWS>();
+        for (int first = 0; first < PANEL_VECTORS; first += VECTORS) {
+            const uint32_t* words = static_cast<const uint32_t*>(panel) + first * NATIVE_LANES;
+            native_i32 sums[ROWS][VECTORS] = {}, excess[VECTORS] = {};
+            add_products<ROWS>(rows, row_stride, words, k, sums, excess);
+            INFERCOMP_UNROLL
+            for (int row = 0; row < ROWS; ++row) {
+                INFERCOMP_UNROLL
+                for (int v = 0; v < VECTORS; ++v) sums[row][v] -= excess[v];
+            }
+            store_tile(sums, tile, first);
+        }
+    }
+
+private:
+    template <int ROWS, int VECTORS>
+    INFERCOMP_INLINE static void add_products(const uint8_t* rows, int64_t row_stride, const uint32_t* panel, int64_t k,
+                                              native_i32 (&sums)[ROWS][VECTORS], native_i32 (&excess)[VECTORS]) {
+        for_each_step<ROWS, VECTORS, 1>(
             panel, k,
-            [&](int64_t first, const uint32_t* words, const native_u32(&places)[PANEL_VECTORS]) INFERCOMP_INLINE_LAMBDA {
-                native_u32 values[PANEL_VECTORS];
+            [&](int64_t first, const uint32_t* words, const native_u32(&places)[VECTORS]) INFERCOMP_INLINE_LAMBDA {
+                native_u32 values[VECTORS];
                 load_words(words, values);
                 INFERCOMP_UNROLL
-                for (int v = 0; v < PANEL_VECTORS; ++v) {
+                for (int v = 0; v < VECTORS; ++v) {
                     excess[v] = add_dot_int8(excess[v], 0x80808080u - native_u32{}, reinterpret<native_i32>(values[v]));
                 }
                 INFERCOMP_UNROLL
                 for (int row = 0; row < ROWS; ++row) {
                     INFERCOMP_UNROLL
-                    for (int v = 0; v < PANEL_VECTORS; ++v) {
+                    for (int v = 0; v < VECTORS; ++v) {
                         const native_u32 picked = pick_bytes(rows + row * row_stride + first, places[v]);
                         sums[row][v] = add_dot_int8(sums[row][v], picked, reinterpret<native_i32>(values[v]));
                     }
                 }
             });
-        INFERCOMP_UNROLL
-        for (int row = 0; row < ROWS; ++row) {
-            INFERCOMP_UNROLL
-            for (int v = 0; v < PANEL_VECTORS; ++v) sums[row][v] -= excess[v];
-        }
-        store_tile(sums, tile);
     }
 };
 
