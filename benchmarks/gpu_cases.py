@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qw
 
 from infercomp.capture import _from_exported, _functional
 from infercomp.codegen.lower import lower
-from infercomp.codegen.ops import attention, int8_linear, paged_attention
+from infercomp.codegen.ops import attention, int8_linear, paged_attention, sparse_weight_linear
+from infercomp.codegen.sparse_weights import compress_2_of_4
 from infercomp.config import parse_options
 from infercomp.passes.pipeline import run_pipeline
 from infercomp.runtime.decode_graphs import CudaCapture
@@ -124,6 +125,16 @@ class _Linear(nn.Module):
         return F.linear(x0, self.weight)
 
 
+class _SparseLinear(nn.Module):
+    def __init__(self, values: torch.Tensor, indices: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("values", values)
+        self.register_buffer("indices", indices)
+
+    def forward(self, x0: torch.Tensor) -> torch.Tensor:
+        return sparse_weight_linear(x0, self.values, self.indices, None, None)
+
+
 class _Int8Linear(nn.Module):
     def __init__(self, weight: torch.Tensor, scale: torch.Tensor) -> None:
         super().__init__()
@@ -164,6 +175,8 @@ def kernel_cases(name: str, config: PretrainedConfig, device: str, with_inductor
             yield _linear_case(
                 f"{name} linear {num_rows}x{inputs}x{outputs}", num_rows, inputs, outputs, device, with_inductor
             )
+    for num_rows in (1, 70) if is_tiny else (1, 16, 64, 512, 4096):
+        yield _sparse_case(f"{name} 2:4 linear {num_rows}x{hidden}x{inner}", num_rows, hidden, inner, device)
     for num_rows in (20,) if is_tiny else (32, 512, 4096):
         yield _int8_case(f"{name} int8 linear {num_rows}x{hidden}x{inner}", num_rows, hidden, inner, device)
     for length in (20,) if is_tiny else (512, 4096):
@@ -184,6 +197,23 @@ def _linear_case(name: str, rows: int, inputs: int, outputs: int, device: str, w
         candidates["Inductor max-autotune"] = lambda: tuned(x)
     with torch.no_grad():
         return compared(name, candidates, F.linear(x.double(), module.weight.double()), 1e-2, device)
+
+
+def _sparse_case(name: str, rows: int, inputs: int, outputs: int, device: str) -> Case:
+    """Weights of which two in every four are kept: compressed, dense by the same compiler, and by cuSPARSELt."""
+    x = torch.randn(rows, inputs, device=device).to(_dtype(device))
+    weight = (torch.randn(outputs, inputs, device=device) / inputs**0.5).to(_dtype(device)).unflatten(1, (-1, 4))
+    weight = weight.scatter(2, weight.abs().argsort(2)[..., :2], 0).flatten(1)
+    candidates: Candidates = {
+        "infercomp": compiled_call(_SparseLinear(*compress_2_of_4(weight)), x),
+        "infercomp dense": compiled_call(_Linear(weight), x),
+        "cuBLAS dense" if device == "cuda" else "eager": lambda: F.linear(x, weight),
+    }
+    if device == "cuda":
+        semi_structured = torch.sparse.to_sparse_semi_structured(weight)
+        candidates["torch semi-structured"] = lambda: F.linear(x, semi_structured)
+    with torch.no_grad():
+        return compared(name, candidates, F.linear(x.double(), weight.double()), 1e-2, device)
 
 
 def _int8_case(name: str, rows: int, inputs: int, outputs: int, device: str) -> Case:

@@ -123,8 +123,6 @@ def _weight(region: Region, product: _Product, packs_floats: bool) -> tuple[Sour
         return (PackedWeight(product.parts, product.panel_format, HALF_PANEL, product.is_transposed),)
     if product.panel_format.outlier_room is not None:
         raise Refused("no Triton kernel looks weights up in a table")
-    if product.panel_format.is_sparse:
-        raise Refused("no Triton kernel picks activations by the places of weights")
     if product.panel_format.group is not None and product.sums is not None:
         raise Refused("no Triton kernel multiplies int8 rows with weights in groups")
     for part in product.parts:

@@ -6,7 +6,8 @@
 
 2:4 sparsity (Mishra et al. 2021). It needs no option: what a weight is made of says whether it is so, in floats as it
 comes or in the codes of ``quantize_linears``, which keep zeros. Each part of a merged weight is compressed by itself.
-It needs weights that the graph owns (``frozen``), on a CPU, that nothing else reads; a tied LM head stays dense.
+It needs weights that the graph owns (``frozen``), on a CPU or a GPU of CUDA, that nothing else reads; a tied LM head
+stays dense.
 A weight most of whose groups have more than two nonzeros is an ordinary one, and no near miss.
 """
 
@@ -32,6 +33,7 @@ from .quantizable_linears import sources_of
 
 _WEIGHT_PLACES = {linear.overload: 1, int8_weight_linear.overload: 1, int8_linear.overload: 3}
 _DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+_DEVICES = ("cpu", "cuda")
 SPARSE_VALUES, SPARSE_INDICES = ".sparse_values", ".sparse_indices"
 """What the two parts of a compressed weight have in the place of ``.weight`` in their names."""
 _ROWS_LOOKED_AT = 8
@@ -78,7 +80,7 @@ class _Compressor:
     def why_not(self, node: fx.Node) -> str | None:
         sources = sources_of(_weight_of(node))
         tensors = [self._rows(node, source) for source in sources]
-        if tensors[0].device.type != "cpu" or tensors[0].dtype not in _DTYPES:
+        if tensors[0].device.type not in _DEVICES or tensors[0].dtype not in _DTYPES:
             return f"no kernel reads 2:4 weights of {tensors[0].dtype} on {tensors[0].device.type}"
         if tensors[0].shape[1] % CHANNELS_OF_BYTE:
             return f"its {tensors[0].shape[1]} inputs are not in eights"

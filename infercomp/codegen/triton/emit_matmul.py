@@ -209,13 +209,43 @@ def _load_weight(product: _Product, tiles: Tiles, offset: int, has_tail: bool) -
     weight_row = f"(column + {offset}).to(tl.int64)[:, None]" if offset else "column.to(tl.int64)[:, None]"
     if spec.panel_format.group is not None:
         return _load_packed_weight(product, tiles, weight_row, conditions, has_tail)
+    if spec.panel_format.is_sparse:
+        return _load_sparse_weight(product, weight_row, conditions, has_tail)
     conditions += ["(k < NUM_INNER)[None, :]"] if has_tail else []
-    mask = f", mask={' & '.join(conditions)}, other=0" if conditions else ""
+    mask = _mask(conditions)
     address = f"b1 + {weight_row} * NUM_INNER + k[None, :]"
     if spec.weight_layout == "columns":
         address = f"b1 + k.to(tl.int64)[None, :] * {product.total_columns} + {weight_row}"
     widened = ".to(x.dtype)" if spec.panel_format == INT8 and not product.is_integer else ""
     return [f"w = tl.load({address}{mask}){widened}"]
+
+
+def _mask(conditions: list[str]) -> str:
+    return f", mask={' & '.join(conditions)}, other=0" if conditions else ""
+
+
+def _load_sparse_weight(product: _Product, weight_row: str, conditions: list[str], has_tail: bool) -> list[str]:
+    """Two values of every four, put where a nibble of the indices says (sparse_weights.py), between zeros."""
+
+    def load(buffer: str, channels: int) -> list[str]:
+        bounds = [f"(place < NUM_INNER // {channels})[None, :]"] if has_tail else []
+        address = f"{buffer} + {weight_row} * (NUM_INNER // {channels}) + place[None, :]"
+        return [
+            f"place = first_inner // {channels} + tl.arange(0, TILE_INNER // {channels})",
+            f"loaded = tl.load({address}{_mask(conditions + bounds)})",
+        ]
+
+    placed = "tl.where(({})[:, :, None] == channel, {}[:, :, None], {})"
+    second = placed.format("nibbles >> 2", "second", "tl.zeros_like(second)[:, :, None]")
+    return [
+        *load("b2", 8),
+        "nibbles = tl.interleave(loaded & 15, loaded >> 4)",
+        *load("b1", 2),
+        "first, second = tl.split(tl.reshape(loaded, (TILE_COLUMNS, TILE_INNER // 4, 2)))",
+        "channel = tl.arange(0, 4)[None, None, :]",
+        f"placed = {placed.format('nibbles & 3', 'first', second)}",
+        "w = tl.reshape(placed, (TILE_COLUMNS, TILE_INNER)).to(x.dtype)",
+    ]
 
 
 def _load_packed_weight(
@@ -227,7 +257,7 @@ def _load_packed_weight(
     assert group is not None
     if has_tail or not (group % tiles.inner == 0 or tiles.inner % group == 0) or product.inner_per_split % group:
         raise Refused(f"groups of {group} do not fit tiles of {tiles.inner} channels")
-    mask = f", mask={' & '.join(conditions)}, other=0" if conditions else ""
+    mask = _mask(conditions)
     num_groups = max(1, tiles.inner // group)
     lines = [
         *_load_codes(spec.panel_format.bits, f"b1 + {weight_row} * {spec.reduced * spec.panel_format.bits // 8}", mask),

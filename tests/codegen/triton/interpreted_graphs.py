@@ -18,8 +18,16 @@ from torch import nn
 
 from infercomp.codegen.config import CodegenConfig
 from infercomp.codegen.lower import lower
-from infercomp.codegen.ops import group_weight_linear, int8_weight_linear, quantize_weight_groups
+from infercomp.codegen.ops import (
+    group_weight_linear,
+    int8_weight_linear,
+    quantize_per_token,
+    quantize_weight_groups,
+    sparse_int8_linear,
+    sparse_weight_linear,
+)
 from infercomp.codegen.ops.group_codes import CODE_BITS
+from infercomp.codegen.sparse_weights import compress_2_of_4
 from infercomp.passes.config import PassConfig
 from infercomp.passes.pipeline import pass_names, run_pipeline
 from infercomp.runtime.errors import BuildError, InputError
@@ -82,6 +90,45 @@ class WeightOnly(nn.Module):
             for each in (zero, None, getattr(self, f"value{bits}")):
                 results.append(group_weight_linear(x, codes, scale, each, None, bits, self.group))
         return tuple(results)
+
+
+class TwoOfFour(nn.Module):
+    """Rows in floats and in INT8, times weights of which two in every four are kept."""
+
+    def __init__(self, channels: int, outputs: int) -> None:
+        super().__init__()
+        weight = torch.randn(outputs, channels).unflatten(1, (-1, 4))
+        masked = weight.scatter(2, weight.abs().argsort(2)[..., :2], 0).flatten(1)
+        masked[:, :4] = 0
+        scale = masked.abs().amax(1) / 127
+        codes = (masked / scale[:, None]).round().to(torch.int8)
+        for name, tensor in (("float", masked), ("int8", codes)):
+            values, indices = compress_2_of_4(tensor)
+            self.register_buffer(f"{name}_values", values)
+            self.register_buffer(f"{name}_indices", indices)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", torch.randn(outputs))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        q, scale, sums = quantize_per_token(x, x.shape[-1])
+        codes = (self.int8_values, self.int8_indices, self.scale)
+        return (
+            sparse_weight_linear(x, self.float_values, self.float_indices, None, self.bias),
+            sparse_weight_linear(x, *codes, None),
+            sparse_int8_linear(q, scale, sums, *codes, self.bias, x.dtype),
+        )
+
+
+@settings(max_examples=4, deadline=None, phases=PHASES)
+@given(st.integers(1, 80), st.sampled_from([8, 24, 64, 136]), st.sampled_from([7, 32, 70]))
+def test_weights_of_which_two_in_every_four_are_kept(rows: int, channels: int, outputs: int) -> None:
+    module, x = TwoOfFour(channels, outputs), torch.randn(rows, channels)
+    got, ops = outputs_of(module, x)
+    assert not [op for op in ops if op.how in ("aten", "definition")]
+    expected, exact = module(x), module.double()(x.double())
+    for position in range(2):
+        _assert_close(got[position], expected[position], exact[position], position)
+    assert torch.equal(got[2], expected[2])
 
 
 @settings(max_examples=3, deadline=None, phases=PHASES)

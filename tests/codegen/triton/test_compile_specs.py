@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from codegen.cpp.test_kernels import Drawn, Quantized
-from codegen.triton.interpreted_graphs import WeightOnly
+from codegen.triton.interpreted_graphs import TwoOfFour, WeightOnly
 from codegen.triton.interpreted_models import Paged, _paged_operands
 from graph_testing import captured
 
@@ -41,6 +41,12 @@ def test_drawn_graphs(dtype: torch.dtype) -> None:
 def test_integers() -> None:
     assert compile_all(Quantized(64, 50, 32), torch.randn(5, 64), torch.randint(0, 50, (5,)))
     assert compile_all(WeightOnly(1024, 64, 64).bfloat16(), torch.randn(5, 1024).bfloat16())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"])
+def test_weights_of_which_two_in_every_four_are_kept(target: str) -> None:
+    assert compile_all(TwoOfFour(1032, 64).bfloat16(), torch.randn(5, 1032).bfloat16(), target=target)
 
 
 @pytest.mark.slow

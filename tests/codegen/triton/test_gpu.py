@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("triton")
 
 from codegen.cpp.test_kernels import Drawn, Quantized, _assert_close
+from codegen.triton.interpreted_graphs import TwoOfFour
 from codegen.triton.interpreted_models import Paged, _paged_operands
 from codegen.triton.sampling_cases import SAMPLERS, check_gumbel, check_inverse_cdf, check_unusable_rows
 from graph_testing import captured
@@ -75,6 +76,20 @@ def test_integer_kernels_are_exact() -> None:
     for position, (mine, definition) in enumerate(zip(got, expected, strict=True)):
         if position != 5:  # runs as its definition, in float32
             assert torch.equal(mine, definition), position
+
+
+@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 70])
+def test_weights_of_which_two_in_every_four_are_kept(dtype: torch.dtype, rows: int) -> None:
+    module, x = TwoOfFour(1032, 300), torch.randn(rows, 1032).to(dtype)
+    module.float_values, module.bias = module.float_values.to(dtype), module.bias.to(dtype)
+    *floats, integers = outputs_of(module, x)
+    *eager, expected = module(x)
+    *exact, _ = module.double()(x.double())
+    for position, parts in enumerate(zip(floats, eager, exact, strict=True)):
+        _assert_close(*parts, what=position)
+    assert torch.equal(integers, expected)
 
 
 @pytest.mark.usefixtures("on_gpu")
