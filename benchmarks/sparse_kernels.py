@@ -29,7 +29,7 @@ from infercomp.bench.machine import describe_run
 from infercomp.demo_model import demo_model_path
 from infercomp.loading.loader import load
 
-KINDS: dict[str, str | None] = {"bf16": None, "w8a16": "w8a16", "w8a8": "w8a8"}
+KINDS: dict[str, str | None] = {"bf16": None, "w8a16": "w8a16", "w8a8": "w8a8", "w4a16": "w4a16-g32"}
 FORMS: dict[str, tuple[str, ...]] = {"dense": ("compress_weights",), "compressed": ()}
 BATCHES = (1, 8)
 PROMPT, CONTEXT, STEPS_AT_A_TIME, WARM_UP_STEPS, PREFILL_ROUNDS = 256, 32, 4, 4, 3

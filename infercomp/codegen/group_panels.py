@@ -44,12 +44,12 @@ def pack_group_panels(
     panels = empty((num_panels(row_order), panel_format.panel_bytes(num_inputs)), torch.uint8).zero_()
     for chunk, rows in chunks(row_order):
         groups = panels[chunk, : num_groups * group_bytes].unflatten(1, (num_groups, group_bytes))
-        words = _words(gathered(codes, rows).view(-1, PANEL, num_groups, panel_format.group), bits)
+        words = words_of_codes(gathered(codes, rows).view(-1, PANEL, num_groups, panel_format.group), bits)
         groups[:, :, :scales_at].unflatten(2, (-1, PANEL, 4)).copy_(words.permute(0, 2, 3, 1, 4))
         ends = scales_at + PANEL * 2
-        groups[:, :, scales_at:ends] = _of_lanes(scales, rows)
+        groups[:, :, scales_at:ends] = of_lanes(scales, rows)
         if zeros is not None:
-            groups[:, :, ends:] = _of_lanes(zeros, rows)
+            groups[:, :, ends:] = of_lanes(zeros, rows)
     return panels
 
 
@@ -65,7 +65,7 @@ def unpack_group_panels(
     for chunk, rows in chunks(row_order):
         groups = panels[chunk, : num_groups * panel_format.group_bytes].unflatten(1, (num_groups, -1))
         words = groups[:, :, :scales_at].unflatten(2, (-1, PANEL, 4)).permute(0, 3, 1, 2, 4)
-        scatter(codes, rows, _codes(words, panel_format.bits).flatten(2).flatten(0, 1))
+        scatter(codes, rows, codes_of_words(words, panel_format.bits).flatten(2).flatten(0, 1))
         start = scales_at
         for constant in constants:
             end = start + PANEL * constant.dtype.itemsize
@@ -75,13 +75,13 @@ def unpack_group_panels(
     return codes, *constants
 
 
-def _of_lanes(constants: Tensor, rows: Tensor) -> Tensor:
+def of_lanes(constants: Tensor, rows: Tensor) -> Tensor:
     """Scales or zeros [N, G] of these rows as bytes [p, G, 32 of them]."""
     lanes = gathered(constants, rows).view(-1, PANEL, constants.shape[1]).transpose(1, 2)
     return lanes.contiguous().view(torch.uint8)
 
 
-def _words(codes: Tensor, bits: int) -> Tensor:
+def words_of_codes(codes: Tensor, bits: int) -> Tensor:
     """Codes [..., k] as words of four bytes [..., words, 4]."""
     if bits == 8:
         return codes.unflatten(-1, (-1, 4))
@@ -95,8 +95,8 @@ def _words(codes: Tensor, bits: int) -> Tensor:
     return torch.stack((low[0] | low[1] << 2, low[2] | low[3] << 2, highs), -2).flatten(-3, -2)
 
 
-def _codes(words: Tensor, bits: int) -> Tensor:
-    """What ``_words`` was given."""
+def codes_of_words(words: Tensor, bits: int) -> Tensor:
+    """What ``words_of_codes`` was given."""
     if bits == 8:
         return words.flatten(-2)
     if bits == 3:

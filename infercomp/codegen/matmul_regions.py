@@ -20,6 +20,7 @@ from .ops import (
     int8_linear,
     int8_weight_linear,
     linear,
+    sparse_group_weight_linear,
     sparse_int8_linear,
     sparse_weight_linear,
 )
@@ -37,10 +38,10 @@ from .regions import (
 )
 from .scalar import Scalar, accumulator, binary, cast, walk
 from .specs import MatmulSpec, WeightLayout
-from .weight_panels import BF16, F32, INT8, PanelFormat, Zeros, clustered, grouped, sparse
+from .weight_panels import BF16, F32, INT8, PanelFormat, Zeros, clustered, grouped, sparse, sparse_grouped
 
 _INTEGER_LINEARS = (int8_linear, group_linear, int8_weight_linear, group_weight_linear)
-_SPARSE_LINEARS = (sparse_weight_linear, sparse_int8_linear)
+_SPARSE_LINEARS = (sparse_weight_linear, sparse_int8_linear, sparse_group_weight_linear)
 LINEARS = frozenset(op.overload for op in (linear, *_INTEGER_LINEARS, clustered_weight_linear, *_SPARSE_LINEARS))
 _FLOATS = {torch.float32: F32, torch.bfloat16: BF16}
 HALF_PANEL = 16
@@ -188,6 +189,18 @@ def _clustered_product(node: fx.Node, given: dict[str, Any], dtype: torch.dtype)
 
 
 def _sparse_product(node: fx.Node, given: dict[str, Any], dtype: torch.dtype) -> _Product:
+    if node.target == sparse_group_weight_linear.overload:
+        if dtype not in _FLOATS:
+            raise Refused(f"no panels for {dtype} rows and two of four codes")
+        zero = given["weight_zero"]
+        panel_format = sparse_grouped(given["bits"], given["group_size"], _kind_of(zero))
+        parts = (
+            given["weight_values"],
+            given["weight_indices"],
+            given["weight_scale"],
+            *([] if zero is None else [zero]),
+        )
+        return _Product(node, given["input"], panel_format, parts, bias=given["bias"])
     values = value_of(given["weight_values"]).dtype
     if dtype not in (*_FLOATS, torch.int8) or values not in (*_FLOATS, torch.int8):
         raise Refused(f"no panels for {dtype} rows and two of four {values} weights")

@@ -11,6 +11,7 @@ from ..runtime.weight_memory import Empty, anywhere
 from .clustered_panels import pack_clustered_panels, unpack_clustered_panels
 from .group_panels import pack_group_panels, unpack_group_panels
 from .ops.group_codes import packed_codes, unpacked_codes
+from .sparse_group_panels import pack_sparse_group_panels, unpack_sparse_group_panels
 from .sparse_panels import pack_sparse_panels, unpack_sparse_panels
 from .weight_panels import (
     INT8,
@@ -29,8 +30,8 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class PanelPacking:
-    """Parts of a weight to panels of ``panel_format``, and back: values, then scales and zeros of groups, a table and
-    outliers, or the indices of sparse ones.
+    """Parts of a weight to panels of ``panel_format``, and back: values, then the indices of sparse ones, then scales
+    and zeros of groups or a table and outliers.
 
     ``half_distance`` is 16, or the width of the gate for gated activations. ``is_transposed`` says that the
     values lie [K, N].
@@ -44,6 +45,10 @@ class PanelPacking:
         values, *scales = parts
         values = values.t() if self.is_transposed else values
         order = self._row_order(values.shape[0])
+        if self.panel_format.is_sparse and self.panel_format.group is not None:
+            indices, *constants = scales
+            codes, zeros = unpacked_codes(values, self.panel_format.bits), constants[1] if constants[1:] else None
+            return pack_sparse_group_panels(self.panel_format, codes, indices, constants[0], zeros, order, empty)
         if self.panel_format.is_sparse:
             return pack_sparse_panels(values, scales[0], self.panel_format, order, empty)
         room = self.panel_format.outlier_room
@@ -60,6 +65,11 @@ class PanelPacking:
         """The parts, of these shapes, that ``pack`` made the panels of, bit for bit."""
         num_outputs, num_inputs = reversed(shapes[0]) if self.is_transposed else shapes[0]
         order = self._row_order(num_outputs)
+        if self.panel_format.is_sparse and self.panel_format.group is not None:
+            bits = self.panel_format.bits
+            num_inputs = 2 * num_inputs * 8 // bits
+            codes, *rest = unpack_sparse_group_panels(panels, self.panel_format, order, num_outputs, num_inputs)
+            return (packed_codes(codes, bits), *rest)
         if self.panel_format.is_sparse:
             return unpack_sparse_panels(panels, self.panel_format, order, num_outputs, num_inputs)
         if self.panel_format.outlier_room is not None:

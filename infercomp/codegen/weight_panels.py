@@ -33,7 +33,8 @@ class PanelFormat:
     """How the weights of one panel are stored: `bits` each, in 32-bit words of 32 // bits consecutive k.
 
     With a `group` words are codes, and each group of that many k ends in 32 float16 scales and what `zeros` says
-    (group_panels.py). With `outlier_room`, which the name has too, words are codes of tables (clustered_panels.py).
+    (group_panels.py, sparse_group_panels.py). With `outlier_room`, which the name has too, words are codes of tables
+    (clustered_panels.py).
     """
 
     name: str
@@ -54,13 +55,15 @@ class PanelFormat:
 
     @property
     def code_bytes(self) -> int:
-        """Bytes of the codes of one group of one panel."""
+        """Bytes of the codes of one group of one panel, and of their places where two of four are stored."""
         assert self.group is not None
+        if self.is_sparse:
+            return self.group // SPARSE_BLOCK * (SPARSE_BLOCK // 8 + SPARSE_BLOCK // 2 * self.bits // 8) * PANEL
         return self.group * self.bits // 8 * PANEL
 
     @property
     def is_sparse(self) -> bool:
-        """Whether two of every four weights are stored, with their places (sparse_panels.py)."""
+        """Whether two of every four weights are stored, and their places (sparse_panels.py, sparse_group_panels.py)."""
         return self.name.startswith("sparse_")
 
     @property
@@ -76,7 +79,7 @@ class PanelFormat:
 
     def panel_bytes(self, k: int) -> int:
         """Bytes of one panel of a weight with `k` inputs, a multiple of 64."""
-        if self.is_sparse:
+        if self.is_sparse and self.group is None:
             if k % SPARSE_STEP:
                 raise ValueError(f"sparse panels take multiples of {SPARSE_STEP} inputs, not {k}")
             return -(-k // SPARSE_BLOCK) * PANEL * 4 + k // SPARSE_STEP * self.step_bytes
@@ -113,6 +116,14 @@ def clustered(outlier_room: int) -> PanelFormat:
 def sparse(values: PanelFormat) -> PanelFormat:
     """Two of every four weights, stored as in the format ``values``: float32, bfloat16 or INT8."""
     return PanelFormat(f"sparse_{values.name}", bits=values.bits)
+
+
+def sparse_grouped(bits: int, group: int, zeros: Zeros) -> PanelFormat:
+    """Two of every four codes of 4 or 8 bits in groups of `group` inputs, a multiple of 32."""
+    if bits not in (4, 8) or zeros == "values":
+        raise ValueError(f"no sparse panels hold codes of {bits} bits with zeros as {zeros}")
+    dense = grouped(bits, group, zeros)
+    return PanelFormat(f"sparse_{dense.name}", bits, group, zeros)
 
 
 def plain_row_order(num_outputs: int) -> Tensor:

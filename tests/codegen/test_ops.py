@@ -58,6 +58,8 @@ def _cases(dtype: torch.dtype, rows: int, heads: int, groups: int, dim: int) -> 
     clustered = torch.randint(0, 256, (32, 4 * dim)).to(torch.uint8), torch.randn(2, 16), *outliers
     indices = torch.tensor([[0b11011000], [0b01001110], [0b11100100]], dtype=torch.uint8).expand(3, dim)
     int8_values = torch.randint(-128, 128, (3, 4 * dim), dtype=torch.int8), indices, torch.rand(3)
+    constants = torch.rand(3, 2).half(), torch.randint(0, 16, (3, 2)).to(torch.uint8)
+    sparse_codes = torch.randint(0, 256, (3, 2 * dim)).to(torch.uint8), indices, *constants
     sparse_rows = quantize_per_token(random(2, rows, 8 * dim), 8 * dim)
     ids = torch.tensor([[4, 0, 0]])
     return {
@@ -84,6 +86,7 @@ def _cases(dtype: torch.dtype, rows: int, heads: int, groups: int, dim: int) -> 
         "clustered_weight_linear": ((random(2, rows, 8 * dim), *clustered, random(32), 4), {}),
         "group_embedding": ((*int4_weight, ids, 4, dtype), {}),
         "sparse_weight_linear": ((random(2, rows, 8 * dim), random(3, 4 * dim), indices, None, random(3)), {}),
+        "sparse_group_weight_linear": ((random(2, rows, 8 * dim), *sparse_codes, random(3), 4, 4 * dim), {}),
         "sparse_int8_linear": ((*sparse_rows, *int8_values, random(3), dtype), {}),
         "int8_embedding": ((*int8_weight, ids, dtype), {}),
     }

@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 from infercomp.codegen import weight_panels
 from infercomp.codegen.packing import HALF_PANEL, PanelPacking
 from infercomp.codegen.sparse_weights import packed_channels
-from infercomp.codegen.weight_panels import BF16, F32, INT8, ZERO_BYTES, PanelFormat, clustered, grouped, sparse
+from infercomp.codegen.weight_panels import (
+    BF16,
+    F32,
+    INT8,
+    ZERO_BYTES,
+    PanelFormat,
+    clustered,
+    grouped,
+    sparse,
+    sparse_grouped,
+)
 
 FLOATS = {F32: torch.float32, BF16: torch.bfloat16}
 
@@ -19,6 +29,9 @@ FLOATS = {F32: torch.float32, BF16: torch.bfloat16}
 def packings(draw: st.DrawFn) -> tuple[PanelPacking, tuple[torch.Tensor, ...]]:
     """A packing and the parts of a weight of any size that it takes."""
     groups = st.builds(grouped, st.sampled_from([3, 4, 8]), st.sampled_from([32, 64]), st.sampled_from([*ZERO_BYTES]))
+    groups |= st.builds(
+        sparse_grouped, st.sampled_from([4, 8]), st.sampled_from([32, 96]), st.sampled_from(["middle", "points"])
+    )
     formats = [F32, BF16, INT8, clustered(8), *map(sparse, (F32, BF16, INT8))]
     panel_format = draw(st.sampled_from(formats) | groups)
     is_gated = draw(st.booleans())
@@ -29,7 +42,12 @@ def packings(draw: st.DrawFn) -> tuple[PanelPacking, tuple[torch.Tensor, ...]]:
     half_distance = num_outputs // 2 if is_gated else HALF_PANEL
     if panel_format.group is not None:
         num_groups = draw(st.integers(1, 3))
-        return PanelPacking(panel_format, half_distance), quantised(panel_format, num_outputs, num_groups, generator)
+        parts = quantised(panel_format, num_outputs, num_groups, generator)
+        if panel_format.is_sparse:
+            channels = torch.randint(0, 4, (num_outputs, num_groups * panel_format.group // 2), generator=generator)
+            codes, *constants = parts
+            parts = (codes[:, ::2], packed_channels(channels.to(torch.uint8)), *constants)
+        return PanelPacking(panel_format, half_distance), parts
     if panel_format.is_sparse:
         num_values = 4 * draw(st.integers(1, 20))
         return PanelPacking(panel_format, half_distance), sparse_parts(panel_format, num_outputs, num_values, generator)

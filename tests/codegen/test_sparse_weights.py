@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infercomp import ConfigError
-from infercomp.codegen.ops import int8_linear, quantize_per_token, sparse_int8_linear, sparse_weight_linear
+from infercomp.codegen.ops import (
+    group_weight_linear,
+    int8_linear,
+    quantize_per_token,
+    sparse_group_weight_linear,
+    sparse_int8_linear,
+    sparse_weight_linear,
+)
+from infercomp.codegen.ops.group_codes import nearest_grid, packed_codes
 from infercomp.codegen.sparse_weights import compress_2_of_4, kept_channels, packed_channels, restore_2_of_4
 
 
@@ -83,3 +91,21 @@ def test_definitions_are_those_of_the_dense_weight(weight: torch.Tensor, rows: i
         q = quantize_per_token(x, x.shape[1])
         expected = int8_linear(*q, weight, scale, bias, torch.float32)
         assert torch.equal(sparse_int8_linear(*q, *parts, scale, bias, torch.float32), expected)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.sampled_from([4, 8]), st.integers(1, 3), st.integers(1, 5), st.booleans(), st.integers(0, 999))
+def test_codes_in_groups_are_those_of_the_dense_weight(
+    bits: int, num_groups: int, rows: int, symmetric: bool, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(5, num_groups * 8, 4, generator=generator)
+    weight = weight.scatter(2, weight.abs().argsort(2)[..., :2], 0).flatten(1)
+    codes, scale, zero = nearest_grid(weight, bits, 32, symmetric)
+    steps, indices = compress_2_of_4((codes - zero.repeat_interleave(32, 1)).to(torch.int16))
+    kept = packed_codes(steps + zero.repeat_interleave(16, 1).to(torch.int16), bits)
+    zeros = None if symmetric else zero.to(torch.uint8)
+    x = torch.randn(rows, weight.shape[1], generator=generator).double()
+    expected = group_weight_linear(x, packed_codes(codes, bits), scale.half(), zeros, None, bits, 32)
+    found = sparse_group_weight_linear(x, kept, indices, scale.half(), zeros, None, bits, 32)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

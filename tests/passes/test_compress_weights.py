@@ -21,7 +21,13 @@ from infercomp.codegen import sparse_panels
 from infercomp.codegen.config import CodegenConfig
 from infercomp.codegen.lower import lower
 from infercomp.codegen.model_graph import ModelGraph
-from infercomp.codegen.ops import linear, merge_weights, sparse_int8_linear, sparse_weight_linear
+from infercomp.codegen.ops import (
+    linear,
+    merge_weights,
+    sparse_group_weight_linear,
+    sparse_int8_linear,
+    sparse_weight_linear,
+)
 from infercomp.codegen.sparse_weights import kept_channels
 from infercomp.passes.config import PassConfig
 from infercomp.passes.pipeline import run_pipeline
@@ -98,6 +104,14 @@ def test_near_misses(name: str) -> None:
     assert count(model_graph, linear) == len(reasons)
 
 
+def test_three_bits_stay_dense() -> None:
+    model_graph = captured(Layer(outputs=32), torch.randn(3, 32))
+    records = run_pipeline(model_graph, PassConfig(quantization="w3a16-g32", quantize_lm_head=True))
+    (record,) = [each for each in records if each.name == "compress_weights"]
+    reason = "no kernel reads 2:4 codes of 3 bits in groups of 32"
+    assert reason in [found.reason for found in record.near_misses]
+
+
 def test_ordinary_weights_are_no_near_misses() -> None:
     layer = Layer()
     for each in (layer.q, layer.k, layer.down):
@@ -135,7 +149,8 @@ def kernel_outputs(products: Products, x: torch.Tensor, quantization: str | None
     """What kernels compute of all rows, and of the first and the last row alone; all linears are sparse."""
     model_graph = captured(products, x, dynamic={0: 0})
     run_pipeline(model_graph, PassConfig(quantization=quantization, quantize_lm_head=True))
-    sparse = count(model_graph, sparse_weight_linear) + count(model_graph, sparse_int8_linear)
+    ops = (sparse_weight_linear, sparse_int8_linear, sparse_group_weight_linear)
+    sparse = sum(count(model_graph, op) for op in ops)
     assert (sparse, count(model_graph, linear)) == (2, 0)
     program = lower(model_graph, CodegenConfig(codegen="cpp"))
     assert not [each for each in program.ops if each.how in ("aten", "definition") and "linear" in each.op]
@@ -172,11 +187,11 @@ def test_kernels_are_the_dense_product(shape: tuple[int, int, int, int], dtype: 
         assert torch.equal(every[:1], one) and torch.equal(every[-1:], other)
 
 
-@pytest.mark.parametrize("recipe", ["w8a8", "w8a16"])
+@pytest.mark.parametrize("recipe", ["w8a8", "w8a16", "w8a16-g32-sym", "w4a16-g32", "w4a16-g32-sym"])
 def test_codes_of_masked_weights_are_compressed(recipe: str) -> None:
     """Rounding keeps zeros: what is compressed gives the numbers of the dense kernels of the same codes."""
     torch.manual_seed(0)
-    products, x = Products(72, 40, torch.float32), torch.randn(9, 72)
+    products, x = Products(96, 40, torch.float32), torch.randn(9, 96)
     found, first, last = kernel_outputs(products, x, recipe)
     model_graph = captured(products, x)
     run_pipeline(model_graph, PassConfig(quantization=recipe, disable=("compress_weights",)))
@@ -208,18 +223,19 @@ def small_llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     return model
 
 
-@pytest.mark.parametrize("quantization", [None, "w8a8"])
+@pytest.mark.parametrize("quantization", [None, "w8a8", "w4a16-g32"])
 def test_a_masked_model_is_served_and_saved(quantization: str | None, tmp_path: Path) -> None:
     """From a folder, with no option; saved compressed and loaded to the same bits."""
     small_llama(torch.bfloat16).save_pretrained(tmp_path / "masked")
     options: Any = {"num_blocks": 16, "quantization": quantization}
     llm = infercomp.LLM(tmp_path / "masked", codegen="cpp", **options)
-    op = "sparse_weight_linear" if quantization is None else "sparse_int8_linear"
-    assert llm.report.ops[f"infercomp.{op}"] == "cpp"
+    ops = {None: "sparse_weight_linear", "w8a8": "sparse_int8_linear", "w4a16-g32": "sparse_group_weight_linear"}
+    assert llm.report.ops[f"infercomp.{ops[quantization]}"] == "cpp"
     record = next(each for each in llm.report.passes if each.name == "compress_weights")
     assert record.matches == 2 * 4 and not record.near_misses
-    if quantization is None:  # 8 bits of bfloat16 values and one of places
-        assert size_of(llm._served).bits_per_weight == 9.0
+    # Of each weight half of its bits, and one for its place; a group of 32 has a float16 scale and a byte for its zero.
+    if quantization != "w8a8":
+        assert size_of(llm._served).bits_per_weight == {None: 9.0, "w4a16-g32": 2 + 1 + 24 / 32}[quantization]
     logits = llm.logits(TOKENS)
     dense = infercomp.LLM(tmp_path / "masked", codegen="reference", disable=("compress_weights",), **options)
     assert float((logits - dense.logits(TOKENS)).abs().max()) < 0.02 * float(logits.abs().max())

@@ -17,6 +17,9 @@ _SPARSE_WORDS = {8: "SignedINT8Words", 16: "BF16Words", 32: "FloatWords"}
 def panels_type(panel_format: PanelFormat, activation: torch.dtype) -> str:
     """The struct of the support headers that multiplies rows of ``activation`` with a weight format."""
     kind = BUFFER_TYPES[activation]
+    if panel_format.is_sparse and panel_format.group is not None:
+        shape = f"{panel_format.bits}, {panel_format.group}, Zeros::{panel_format.zeros.upper()}"
+        return f"SparseGroupWeightPanels<{shape}, {kind}>"
     if panel_format.is_sparse:
         words = _SPARSE_WORDS[panel_format.bits]
         return "SparseINT8Panels" if kind == "int8_t" else f"SparseWeightPanels<{words}, {kind}>"

@@ -16,7 +16,7 @@ from .quantized import (
     quantize_weight_int8,
 )
 from .rope import rotary_embedding
-from .sparse import sparse_int8_linear, sparse_weight_linear
+from .sparse import sparse_group_weight_linear, sparse_int8_linear, sparse_weight_linear
 
 __all__ = [
     "ACTIVATIONS",
@@ -43,6 +43,7 @@ __all__ = [
     "quantize_weight_int8",
     "rms_norm",
     "rotary_embedding",
+    "sparse_group_weight_linear",
     "sparse_int8_linear",
     "sparse_weight_linear",
     "write_kv",

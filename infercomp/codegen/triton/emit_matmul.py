@@ -208,7 +208,8 @@ def _load_weight(product: _Product, tiles: Tiles, offset: int, has_tail: bool) -
     conditions = ["is_column[:, None]"] if product.num_columns % tiles.columns else []
     weight_row = f"(column + {offset}).to(tl.int64)[:, None]" if offset else "column.to(tl.int64)[:, None]"
     if spec.panel_format.group is not None:
-        return _load_packed_weight(product, tiles, weight_row, conditions, has_tail)
+        of_codes = _load_packed_weight(product, tiles, weight_row, conditions, has_tail)
+        return of_codes + (_load_places(weight_row, conditions, []) if spec.panel_format.is_sparse else [])
     if spec.panel_format.is_sparse:
         return _load_sparse_weight(product, weight_row, conditions, has_tail)
     conditions += ["(k < NUM_INNER)[None, :]"] if has_tail else []
@@ -225,33 +226,35 @@ def _mask(conditions: list[str]) -> str:
 
 
 def _load_sparse_weight(product: _Product, weight_row: str, conditions: list[str], has_tail: bool) -> list[str]:
-    """Two values of every four, put where a nibble of the indices says (sparse_weights.py), between zeros."""
+    """Two values of every four, and their places."""
+    bounds = ["(kept < NUM_INNER // 2)[None, :]"] if has_tail else []
+    return [
+        "kept = first_inner // 2 + tl.arange(0, TILE_INNER // 2)",
+        f"w = tl.load(b1 + {weight_row} * (NUM_INNER // 2) + kept[None, :]{_mask(conditions + bounds)}).to(x.dtype)",
+        *_load_places(weight_row, conditions, ["(byte < NUM_INNER // 8)[None, :]"] if has_tail else []),
+    ]
 
-    def load(buffer: str, channels: int) -> list[str]:
-        bounds = [f"(place < NUM_INNER // {channels})[None, :]"] if has_tail else []
-        address = f"{buffer} + {weight_row} * (NUM_INNER // {channels}) + place[None, :]"
-        return [
-            f"place = first_inner // {channels} + tl.arange(0, TILE_INNER // {channels})",
-            f"loaded = tl.load({address}{_mask(conditions + bounds)})",
-        ]
 
+def _load_places(weight_row: str, conditions: list[str], bounds: list[str]) -> list[str]:
+    """``w`` [TILE_COLUMNS, TILE_INNER / 2] put between zeros where the nibbles of b2 say (sparse_weights.py)."""
     placed = "tl.where(({})[:, :, None] == channel, {}[:, :, None], {})"
     second = placed.format("nibbles >> 2", "second", "tl.zeros_like(second)[:, :, None]")
     return [
-        *load("b2", 8),
-        "nibbles = tl.interleave(loaded & 15, loaded >> 4)",
-        *load("b1", 2),
-        "first, second = tl.split(tl.reshape(loaded, (TILE_COLUMNS, TILE_INNER // 4, 2)))",
+        "byte = first_inner // 8 + tl.arange(0, TILE_INNER // 8)",
+        f"places = tl.load(b2 + {weight_row} * (NUM_INNER // 8) + byte[None, :]{_mask(conditions + bounds)})",
+        "nibbles = tl.interleave(places & 15, places >> 4)",
+        "first, second = tl.split(tl.reshape(w, (TILE_COLUMNS, TILE_INNER // 4, 2)))",
         "channel = tl.arange(0, 4)[None, None, :]",
         f"placed = {placed.format('nibbles & 3', 'first', second)}",
-        "w = tl.reshape(placed, (TILE_COLUMNS, TILE_INNER)).to(x.dtype)",
+        "w = tl.reshape(placed, (TILE_COLUMNS, TILE_INNER))",
     ]
 
 
 def _load_packed_weight(
     product: _Product, tiles: Tiles, weight_row: str, conditions: list[str], has_tail: bool
 ) -> list[str]:
-    """Codes, a scale and perhaps a zero a group: restored in float32, rounded to the rows' dtype."""
+    """Codes, a scale and perhaps a zero a group: restored in float32, rounded to the rows' dtype. Of sparse weights,
+    what is kept: [TILE_COLUMNS, TILE_INNER / 2]."""
     spec = product.spec
     group = spec.panel_format.group
     assert group is not None
@@ -259,27 +262,34 @@ def _load_packed_weight(
         raise Refused(f"groups of {group} do not fit tiles of {tiles.inner} channels")
     mask = _mask(conditions)
     num_groups = max(1, tiles.inner // group)
+    share, scales_at = (2, 3) if spec.panel_format.is_sparse else (1, 2)
+    num_codes = tiles.inner // share
+    row = f"b1 + {weight_row} * {spec.reduced * spec.panel_format.bits // (8 * share)}"
     lines = [
-        *_load_codes(spec.panel_format.bits, f"b1 + {weight_row} * {spec.reduced * spec.panel_format.bits // 8}", mask),
+        *_load_codes(spec.panel_format.bits, num_codes, share, row, mask),
         f"group = first_inner // {group} + tl.arange(0, {num_groups})",
         f"place = {weight_row} * {spec.reduced // group} + group[None, :]",
-        f"scale = tl.load(b2 + place{mask}).to(tl.float32)[:, :, None]",
-        f"codes = tl.reshape(codes.to(tl.float32), (TILE_COLUMNS, {num_groups}, {tiles.inner // num_groups}))",
+        f"scale = tl.load(b{scales_at} + place{mask}).to(tl.float32)[:, :, None]",
+        f"codes = tl.reshape(codes.to(tl.float32), (TILE_COLUMNS, {num_groups}, {num_codes // num_groups}))",
     ]
     restored = f"(codes - {float(middle_code(spec.panel_format.bits))}) * scale"
     if spec.panel_format.zeros != "middle":
-        lines.append(f"zero = tl.load(b3 + place{mask}).to(tl.float32)[:, :, None]")
+        lines.append(f"zero = tl.load(b{scales_at + 1} + place{mask}).to(tl.float32)[:, :, None]")
         restored = "(codes - zero) * scale" if spec.panel_format.zeros == "points" else "codes * scale + zero"
-    return [*lines, f"w = tl.reshape({restored}, (TILE_COLUMNS, TILE_INNER)).to(x.dtype)"]
+    return [*lines, f"w = tl.reshape({restored}, (TILE_COLUMNS, {num_codes})).to(x.dtype)"]
 
 
-def _load_codes(bits: int, row: str, mask: str) -> list[str]:
-    """``codes`` [TILE_COLUMNS, TILE_INNER] of rows that are streams of bits, as group_codes.py has them."""
+def _load_codes(bits: int, num_codes: int, share: int, row: str, mask: str) -> list[str]:
+    """``codes`` [TILE_COLUMNS, num_codes] of rows that are streams of bits, as group_codes.py has them, with one code
+    for ``share`` channels."""
     if bits == 8:
-        return [f"codes = tl.load({row} + k[None, :]{mask})"]
+        return [
+            f"code = first_inner // {share} + tl.arange(0, {num_codes})",
+            f"codes = tl.load({row} + code[None, :]{mask})",
+        ]
     if bits == 4:
         return [
-            "pair = first_inner // 2 + tl.arange(0, TILE_INNER // 2)",
+            f"pair = first_inner // {2 * share} + tl.arange(0, {num_codes // 2})",
             f"packed = tl.load({row} + pair[None, :]{mask})",
             "codes = tl.interleave(packed & 15, packed >> 4)",
         ]

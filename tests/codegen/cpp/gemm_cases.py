@@ -13,9 +13,10 @@ from torch import Tensor
 
 from infercomp.codegen import weight_panels
 from infercomp.codegen.group_panels import pack_group_panels
+from infercomp.codegen.sparse_group_panels import pack_sparse_group_panels
 from infercomp.codegen.sparse_panels import pack_sparse_panels
-from infercomp.codegen.sparse_weights import compress_2_of_4
-from infercomp.codegen.weight_panels import PanelFormat, gated_row_order, grouped, plain_row_order
+from infercomp.codegen.sparse_weights import compress_2_of_4, restore_2_of_4
+from infercomp.codegen.weight_panels import PanelFormat, gated_row_order, grouped, plain_row_order, sparse_grouped
 
 
 def pointer(tensor: Tensor) -> ctypes.c_void_p:
@@ -155,6 +156,27 @@ def sparse_case(num_rows: int, n: int, k: int, order: Tensor, *, values: PanelFo
     return Case(poisoned(rows, float("nan")), panels, order, None, weight.double(), tolerance)
 
 
+def sparse_group_case(
+    num_rows: int, n: int, k: int, order: Tensor, panel_format: PanelFormat, activation: torch.dtype
+) -> Case:
+    """`k` is rounded up to whole groups."""
+    group, bits = panel_format.group, panel_format.bits
+    assert group is not None
+    num_groups = -(-k // group)
+    k = num_groups * group
+    scales = (torch.randn(n, num_groups) * 10.0 ** torch.randint(-7, 3, (n, num_groups))).half()
+    zeros = torch.randint(0, 1 << bits, (n, num_groups)) if panel_format.zeros == "points" else None
+    middles = torch.full((n, num_groups), 1 << (bits - 1)) if zeros is None else zeros
+    codes = torch.randint(0, 1 << bits, (n, k)) - middles.repeat_interleave(group, 1)
+    steps, indices = compress_2_of_4(two_of_four(codes.to(torch.int16)))
+    kept = (steps + middles.repeat_interleave(group // 2, 1)).to(torch.uint8)
+    points = None if zeros is None else zeros.to(torch.uint8)
+    panels = pack_sparse_group_panels(panel_format, kept, indices, scales, points, order)
+    weight = restore_2_of_4(steps.double(), indices) * scales.double().repeat_interleave(group, 1)
+    rows = torch.randn(num_rows, k).to(activation)
+    return Case(poisoned(rows, float("nan")), panels, order, None, weight, sum_tolerance(rows, weight, k + num_groups))
+
+
 VALUES = {weight_panels.F32: torch.float32, weight_panels.BF16: torch.bfloat16}
 
 
@@ -170,9 +192,18 @@ def case_of(kernel: str) -> Callable[[int, int, int, Tensor], Case]:
         "sparse_bf16": lambda *shape: sparse_case(*shape, values=weight_panels.BF16, activation=bf16),
         "sparse_int8_weights": lambda *shape: sparse_case(*shape, values=weight_panels.INT8, activation=f32),
         "sparse_int8": lambda *shape: sparse_case(*shape, values=weight_panels.INT8, activation=i8),
+        **{
+            name: partial(sparse_group_case, panel_format=FORMATS[name], activation=rows)
+            for name, rows in SPARSE_GROUPS.items()
+        },
     }[kernel]
 
 
+SPARSE_GROUPS = {
+    "sparse_int4_g32_zp": torch.float32,
+    "sparse_int4_g64_bf16": torch.bfloat16,
+    "sparse_int8_g96": torch.float32,
+}
 GROUPS = {
     "int3_g64": torch.int8,
     "int4_g32_zp": torch.int8,
@@ -206,6 +237,9 @@ FORMATS: dict[str, PanelFormat] = {
     "sparse_bf16": weight_panels.sparse(weight_panels.BF16),
     "sparse_int8_weights": weight_panels.sparse(weight_panels.INT8),
     "sparse_int8": weight_panels.sparse(weight_panels.INT8),
+    "sparse_int4_g32_zp": sparse_grouped(4, 32, "points"),
+    "sparse_int4_g64_bf16": sparse_grouped(4, 64, "middle"),
+    "sparse_int8_g96": sparse_grouped(8, 96, "middle"),
 }
 SHAPES = st.tuples(st.integers(1, 30), st.integers(1, 80), st.integers(1, 150), st.booleans(), st.integers(0, 999))
 

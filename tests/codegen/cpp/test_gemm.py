@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import infercomp.codegen.cpp
-from infercomp.codegen import sparse_panels, weight_panels
+from infercomp.codegen import sparse_group_panels, sparse_panels, weight_panels
 from infercomp.codegen.cpp.toolchain import BITS_OF_SUMS
 from infercomp.codegen.group_panels import pack_group_panels
 from infercomp.codegen.sparse_panels import pack_sparse_panels
@@ -106,6 +106,9 @@ EXPORT_FLOAT(sparse_f32, SparseWeightPanels<FloatWords, float>)
 EXPORT_PREPARED_FLOAT(sparse_bf16, SparseWeightPanels<BF16Words, bf16>)
 EXPORT_FLOAT(sparse_int8_weights, SparseWeightPanels<SignedINT8Words, float>)
 EXPORT_PREPARED_INT(sparse_int8, SparseINT8Panels)
+EXPORT_FLOAT(sparse_int4_g32_zp, SparseGroupWeightPanels<4, 32, Zeros::POINTS, float>)
+EXPORT_PREPARED_FLOAT(sparse_int4_g64_bf16, SparseGroupWeightPanels<4, 64, Zeros::MIDDLE, bf16>)
+EXPORT_FLOAT(sparse_int8_g96, SparseGroupWeightPanels<8, 96, Zeros::MIDDLE, float>)
 
 template <class Format, class Source>
 void unpacked(int num_rows, const void* rows, int64_t row_stride, const Source& weight, int64_t k, float* panel,
@@ -216,7 +219,8 @@ def test_a_place_off_by_one_is_caught(
     """Planted: each value is packed as if it were one input further in its group of four."""
     case = draw_case(kernel, (3, 40, 72, False, 1))
     assert case.is_right(case.product(libraries["native"], kernel))
-    monkeypatch.setattr(sparse_panels, "kept_channels", lambda indices: kept_channels(indices) + 1 & 3)
+    for module in (sparse_panels, sparse_group_panels):
+        monkeypatch.setattr(module, "kept_channels", lambda indices: kept_channels(indices) + 1 & 3)
     case = draw_case(kernel, (3, 40, 72, False, 1))
     assert not case.is_right(case.product(libraries["native"], kernel))
 

@@ -68,15 +68,19 @@ struct FieldWords {
     }
 };
 
+// Bytes of the codes of one group of a panel.
+template <int BITS, int GROUP>
+constexpr int64_t CODE_BYTES = GROUP / (Codes<BITS>::WORDS * Codes<BITS>::PER_WORD) * Codes<BITS>::STORED * PANEL * 4;
+
 // One group of a panel: its codes, then the 32 scales, then the 32 zeros, if it has any. Registers of outputs count from
 // `first` on.
-template <int BITS, int GROUP, Zeros ZEROS>
+template <int BITS, int GROUP, Zeros ZEROS, int64_t SCALES = CODE_BYTES<BITS, GROUP>>
 struct CodeGroup {
     static_assert(GROUP % 32 == 0);
     using Code = Codes<BITS>;
     static constexpr int PER_STEP = Code::WORDS * Code::PER_WORD;
     static constexpr int64_t STEPS = GROUP / PER_STEP;
-    static constexpr int64_t SCALES_AT = STEPS * Code::STORED * PANEL * 4;
+    static constexpr int64_t SCALES_AT = SCALES;
     static constexpr int64_t ZEROS_AT = SCALES_AT + PANEL * 2;
     static constexpr int64_t BYTES = ZEROS_AT + PANEL * (ZEROS == Zeros::VALUES ? 2 : ZEROS == Zeros::POINTS ? 1 : 0);
     const char* start;

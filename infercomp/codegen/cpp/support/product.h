@@ -6,7 +6,7 @@
 
 #include "clustered_panels.h"
 #include "group_panels.h"
-#include "sparse_panels.h"
+#include "sparse_group_panels.h"
 #include "step.h"
 
 namespace infercomp {
