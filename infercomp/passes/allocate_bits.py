@@ -3,14 +3,16 @@
     HAWQ(bits_per_weight=6, choices=(W8A16(), W4A16(64, True)))    ->    a recipe of the choices for each layer
 
 A choice costs a layer H * |Q(w) - w|², H being the mean of the Hessian's eigenvalues in w, its trace over its size
-(HAWQ-V2, Dong et al. 2020), or |mean| + deviation over the samples of its largest eigenvalue (HAWQ, Dong et al. 2019;
-Q-BERT, Shen et al. 2020). The least sum is sought that the budget holds. Linears that read one input get one recipe, as
-they are computed as one product. Changes nothing itself: what it decides is what ``quantize_linears`` does.
+(HAWQ-V2, Dong et al. 2020), or |mean| + deviation over the samples of its largest eigenvalue in all weights of the
+block, such as layers.3, that the layer is in (HAWQ, Dong et al. 2019; Q-BERT, Shen et al. 2020). The least sum is
+sought that the budget holds. Linears that read one input get one recipe, as they are computed as one product. Changes
+nothing itself: what it decides is what ``quantize_linears`` does.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +30,8 @@ from .recipe_layers import check_group
 from .recipes import HAWQ
 from .second_order import hessian_traces, largest_eigenvalues
 from .weight_grids import fitted_grid, nearest_codes
+
+_BLOCK = re.compile(r".*?\.\d+(?=\.|$)")
 
 
 def run(model_graph: ModelGraph, context: PassContext) -> None:
@@ -48,7 +52,8 @@ def run(model_graph: ModelGraph, context: PassContext) -> None:
     claimed = [nodes for nodes in readers.values() if context.claim(nodes[0]) is not None]
     if not claimed:
         return
-    sensitivities = _sensitivities(model_graph, context.calibration, recipe, [n for nodes in claimed for n in nodes])
+    layers = {parameters_of(node)[0].name: linears.names[node][0][0] for nodes in claimed for node in nodes}
+    sensitivities = _sensitivities(model_graph, context.calibration, recipe, layers)
     groups = [_costs(model_graph, nodes, recipe, sensitivities) for nodes in claimed]
     chosen = allocate(groups, recipe.bits_per_weight)
     for site, nodes, position in zip(context.sites, claimed, chosen, strict=True):
@@ -61,16 +66,26 @@ def run(model_graph: ModelGraph, context: PassContext) -> None:
 
 
 def _sensitivities(
-    model_graph: ModelGraph, calibration: Calibration, recipe: HAWQ, nodes: Sequence[fx.Node]
+    model_graph: ModelGraph, calibration: Calibration, recipe: HAWQ, layers: Mapping[str, str]
 ) -> dict[str, float]:
-    """What a squared change of each weight costs, by its name."""
-    names = list(dict.fromkeys(parameters_of(node)[0].name for node in nodes))
+    """What a squared change of each weight costs, by its name; ``layers`` says which layer has it."""
+    names = list(layers)
     few = Calibration(calibration.samples[: recipe.num_samples], calibration.progress)
     if recipe.sensitivity == "trace":
         traces = hessian_traces(model_graph, few, names, recipe.num_probes, recipe.num_tokens)
         return {name: max(trace, 0.0) / model_graph.weights[name].numel() for name, trace in traces.items()}
-    values = largest_eigenvalues(model_graph, few, names, recipe.num_probes, recipe.num_tokens)
-    return {name: abs(statistics.fmean(each)) + statistics.pstdev(each) for name, each in values.items()}
+    blocks: dict[str, list[str]] = {}
+    for name in names:
+        blocks.setdefault(_block_of(layers[name]), []).append(name)
+    values = largest_eigenvalues(model_graph, few, blocks, recipe.num_probes, recipe.num_tokens)
+    sensitivities = {block: abs(statistics.fmean(each)) + statistics.pstdev(each) for block, each in values.items()}
+    return {name: sensitivities[_block_of(layer)] for name, layer in layers.items()}
+
+
+def _block_of(layer: str) -> str:
+    """What a layer's name says up to its first number; all of it without one."""
+    found = _BLOCK.match(layer)
+    return layer if found is None else found[0]
 
 
 @dataclass(frozen=True)

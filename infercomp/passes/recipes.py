@@ -65,7 +65,7 @@ class HAWQ(Recipe):
     """Recipes to choose from, the one that layers have without a choice first."""
 
     sensitivity: str = "trace"
-    """"trace" of the Hessian, or its largest "eigenvalue": a power iteration for each layer and sample, far slower."""
+    """"trace" of the Hessian, or its largest "eigenvalue" in each block, by a power iteration, far slower."""
 
     num_probes: int = 4
     """Random directions for the trace, or steps of the power iteration."""

@@ -1,7 +1,8 @@
-"""How the loss of a graph bends in the weights of each layer: what HAWQ and Q-BERT choose bits by."""
+"""How the loss of a graph bends in its weights: what HAWQ and Q-BERT choose bits by."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,30 +39,37 @@ def hessian_traces(
 
 
 def largest_eigenvalues(
-    model_graph: ModelGraph, calibration: Calibration, names: Sequence[str], num_iterations: int, num_tokens: int
+    model_graph: ModelGraph,
+    calibration: Calibration,
+    blocks: Mapping[str, Sequence[str]],
+    num_iterations: int,
+    num_tokens: int,
 ) -> dict[str, list[float]]:
-    """The Hessian's eigenvalue of the largest magnitude in each weight alone, for each sample, by power iteration.
+    """The Hessian's eigenvalue of the largest magnitude in the weights of each block alone, for each sample.
 
-    From a random direction (HAWQ, Dong et al. 2019; Q-BERT, Shen et al. 2020).
+    By power iteration from a random direction (HAWQ, Dong et al. 2019; Q-BERT, Shen et al. 2020).
     """
     generator = torch.Generator().manual_seed(0)
-    found: dict[str, list[float]] = {name: [] for name in names}
-    with calibration.progress(len(calibration.samples) * len(names)) as begin:
+    found: dict[str, list[float]] = {block: [] for block in blocks}
+    names = [name for block in blocks.values() for name in block]
+    with calibration.progress(len(calibration.samples) * len(blocks)) as begin:
         for sample in calibration.samples:
             weights, gradients = _gradients(model_graph, sample, names, num_tokens)
-            for name in names:
-                begin(name)
-                found[name].append(_eigenvalue(weights[name], gradients[name], num_iterations, generator))
+            for block, own in blocks.items():
+                begin(block)
+                of_block = {name: weights[name] for name in own}
+                found[block].append(_eigenvalue(of_block, gradients, num_iterations, generator))
     return found
 
 
-def _eigenvalue(weight: torch.Tensor, gradient: torch.Tensor, num_iterations: int, generator: torch.Generator) -> float:
-    direction = torch.randn(weight.shape, generator=generator).to(weight)
+def _eigenvalue(weights: Weights, gradients: Weights, num_iterations: int, generator: torch.Generator) -> float:
+    direction = {name: torch.randn(each.shape, generator=generator).to(each) for name, each in weights.items()}
     value = 0.0
     for _ in range(num_iterations):
-        direction = direction / direction.norm().clamp(min=1e-30)
-        (product,) = torch.autograd.grad(gradient, weight, direction, retain_graph=True)
-        value = float((product * direction).sum())
+        length = math.sqrt(sum(float(each.square().sum()) for each in direction.values()))
+        direction = {name: each / max(length, 1e-30) for name, each in direction.items()}
+        product = _products(weights, gradients, direction)
+        value = sum(float((product[name] * each).sum()) for name, each in direction.items())
         direction = product
     return value
 

@@ -19,7 +19,7 @@ from infercomp import LLM
 from infercomp.codegen.model_graph import ModelGraph
 from infercomp.codegen.ops import linear
 from infercomp.passes import second_order
-from infercomp.passes.allocate_bits import ALLOCATE_BITS, Group, allocate
+from infercomp.passes.allocate_bits import ALLOCATE_BITS, Group, _block_of, allocate
 from infercomp.passes.calibration import Calibration
 from infercomp.passes.config import PassConfig
 from infercomp.passes.linear_recipes import W4A16, W8A8, W8A16
@@ -77,9 +77,41 @@ def test_trace_and_eigenvalue_are_those_of_the_dense_hessian() -> None:
     deviation = (2 * (hessian.square().sum() - hessian.diagonal().square().sum()) / 800).sqrt()
     assert abs(trace - float(hessian.trace())) < 4 * float(deviation)
     one = Calibration(CALIBRATION.samples[:1])
-    (found,) = largest_eigenvalues(model_graph, one, [SMALL], num_iterations=60, num_tokens=20)[SMALL]
+    (found,) = largest_eigenvalues(model_graph, one, {"k": [SMALL]}, num_iterations=60, num_tokens=20)["k"]
     values = torch.linalg.eigvalsh(dense_hessian(one).double())
     assert found == pytest.approx(float(values[values.abs().argmax()]), rel=0.02)
+
+
+def test_an_eigenvalue_of_a_block_is_that_of_its_weights_together() -> None:
+    """A quadratic form of two weights, whose Hessian is known, next to those of each alone."""
+    generator = torch.Generator().manual_seed(3)
+    square = torch.randn(9, 9, generator=generator)
+    matrix = square @ square.t()
+    weights = {"a": torch.randn(2, 3, generator=generator), "b": torch.randn(3, generator=generator)}
+    weights = {name: each.requires_grad_() for name, each in weights.items()}
+
+    def eigenvalue(*names: str) -> float:
+        values = torch.cat([each.flatten() for each in weights.values()])
+        parts = [weights[name] for name in names]
+        gradients = torch.autograd.grad(values @ matrix @ values / 2, parts, create_graph=True)
+        both = ({name: weights[name] for name in names}, dict(zip(names, gradients, strict=True)))
+        return second_order._eigenvalue(*both, 200, torch.Generator().manual_seed(0))
+
+    for names, part in ((("a", "b"), slice(9)), (("a",), slice(6)), (("b",), slice(6, 9))):
+        assert eigenvalue(*names) == pytest.approx(float(torch.linalg.eigvalsh(matrix[part, part])[-1]), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("layer", "block"),
+    [
+        ("model.layers.12.mlp.down_proj", "model.layers.12"),
+        ("encoder.block.0.layer.1.wi", "encoder.block.0"),
+        ("h.3", "h.3"),
+        ("classifier2.out_proj", "classifier2.out_proj"),
+    ],
+)
+def test_a_block_is_named_up_to_its_first_number(layer: str, block: str) -> None:
+    assert _block_of(layer) == block
 
 
 def test_a_planted_bug_in_the_loss_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
