@@ -84,12 +84,19 @@ struct RowState {
     float sum;
 };
 
+// With few registers a product takes twice as long where it also has to widen what it multiplies. The keys of a chunk are
+// widened before, for so many rows that it pays.
+template <class C>
+constexpr bool WIDENS_KEYS = std::is_same_v<C, bf16> && !PAIRED<C> && NATIVE_REGISTERS == 16;
+constexpr int WIDENING_ROWS = 2 * TILE_ROWS;
+
 template <class C>
 struct TaskScratch {
     Left<C>* queries;   // [tile][channel / UNIT][TILE_ROWS][UNIT]
     float* scores;      // [position / UNIT][TILE_ROWS][UNIT], then probabilities
     float* sums;        // [TASK_ROWS][value_dim]
     float* chunk_sums;  // [TILE_ROWS][value_dim]
+    float* wide_keys;   // [position / UNIT][channel][UNIT], where keys are widened
     C* values;          // [CHUNK][value_dim], where the stored value_dim is not a multiple of UNIT
     C* pair;            // [PAIR][value_dim]
 
@@ -105,6 +112,7 @@ struct TaskScratch {
         take(scores, TILE_ROWS * CHUNK);
         take(sums, TASK_ROWS * value_dim);
         take(chunk_sums, TILE_ROWS * value_dim);
+        take(wide_keys, WIDENS_KEYS<C> ? CHUNK * head_dim : 0);
         take(values, value_dim == stored_value_dim ? 0 : CHUNK * value_dim);
         take(pair, PAIR<C> * value_dim);
         return used;
@@ -131,6 +139,9 @@ public:
         for (chunk = seen.first / CHUNK * CHUNK; chunk < seen.end; chunk += CHUNK) {
             const Range in_chunk = intersection({seen.first - chunk, seen.end - chunk}, {0, CHUNK});
             find_units(in_chunk.first / UNIT, (in_chunk.end + UNIT - 1) / UNIT);
+            if constexpr (WIDENS_KEYS<C>) {
+                if (row_count >= WIDENING_ROWS) widen_keys(in_chunk.first / UNIT, (in_chunk.end + UNIT - 1) / UNIT);
+            }
             for (int64_t tile = 0; tile < row_count; tile += TILE_ROWS) add_chunk(tile);
         }
         for (int64_t row = 0; row < row_count; ++row) write_output(row);
@@ -205,6 +216,25 @@ private:
         }
     }
 
+    void widen_keys(int64_t first, int64_t end) {
+        for (int64_t unit = first; unit < end; ++unit) {
+            float* target = wide_keys(unit);
+            const C* source = keys[unit];
+            for (int64_t channel = 0; channel < sequence.head_dim; channel += PAIR<C>) {
+                INFERCOMP_UNROLL
+                for (int i = 0; i < UNIT; i += NATIVE_LANES) {
+                    const native_u32 words = load<native_u32>(source + i * PAIR<C>);
+                    store(target + i, right_floats<C>(words, 0));
+                    store(target + UNIT + i, right_floats<C>(words, 1));
+                }
+                source += sequence.key_step();
+                target += PAIR<C> * UNIT;
+            }
+        }
+    }
+
+    float* wide_keys(int64_t unit) const { return scratch.wide_keys + unit * UNIT * sequence.head_dim; }
+
     void pad_values(int64_t unit) {
         C* target = scratch.values + unit * UNIT * value_dim;
         const C* source = values[unit];
@@ -231,11 +261,7 @@ private:
         // Scores are stored from here on; a multiple of UNIT.
         const int64_t origin = any.first / UNIT * UNIT;
         const int64_t units = (any.end - origin + UNIT - 1) / UNIT;
-        with_rows(padded, [&](auto ROWS) {
-            compute_scores<C, ROWS>(tile_queries(tile), sequence.head_dim, keys + origin / UNIT,
-                                    key_scales + scale_index(origin), sequence.key_step(), units, options.scale,
-                                    scratch.scores);
-        });
+        with_rows(padded, [&](auto ROWS) { compute_tile_scores<ROWS>(tile, origin, units); });
         // Row after row in each step: what ends one row overlaps with the next.
         RowState of_chunk[TILE_ROWS];
         for (int row = 0; row < count; ++row) adjust_scores(tile + row, row, origin, units, seen[row]);
@@ -255,6 +281,21 @@ private:
         for (int row = 0; row < count; ++row) {
             if (!seen[row].empty()) merge(tile + row, row, of_chunk[row]);
         }
+    }
+
+    template <int ROWS>
+    void compute_tile_scores(int64_t tile, int64_t origin, int64_t units) {
+        if constexpr (WIDENS_KEYS<C>) {
+            if (row_count >= WIDENING_ROWS) {
+                const float* wide[CHUNK_UNITS];
+                for (int64_t unit = 0; unit < units; ++unit) wide[unit] = wide_keys(origin / UNIT + unit);
+                return compute_scores<float, ROWS>(tile_queries(tile), sequence.head_dim, wide, nullptr, UNIT, units,
+                                                   options.scale, scratch.scores);
+            }
+        }
+        compute_scores<C, ROWS>(tile_queries(tile), sequence.head_dim, keys + origin / UNIT,
+                                key_scales + scale_index(origin), sequence.key_step(), units, options.scale,
+                                scratch.scores);
     }
 
     float* tile_scores(int row) const { return scratch.scores + row * UNIT; }
