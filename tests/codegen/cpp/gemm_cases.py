@@ -37,7 +37,7 @@ class Case:
     def product(self, library: ctypes.CDLL, kernel: str, block: int | None = None, rows: slice = slice(None)) -> Tensor:
         """[R, P * 32], in blocks of `block` rows."""
         activations = self.rows[rows]
-        dtype = torch.int32 if kernel in ("int8", "sparse_int8") else torch.float32
+        dtype = torch.int32 if kernel in ("int8", "int8_prepared", "sparse_int8") else torch.float32
         output = torch.full((len(activations), len(self.row_order)), 99, dtype=dtype)
         sums = self.row_sums[rows].contiguous() if self.row_sums is not None else torch.empty(1, 1, dtype=torch.int32)
         getattr(library, kernel)(
@@ -186,6 +186,7 @@ def case_of(kernel: str) -> Callable[[int, int, int, Tensor], Case]:
         "f32": lambda *shape: float_case(*shape, f32, f32),
         "bf16_panels": lambda *shape: float_case(*shape, bf16, bf16),
         "int8": int8_case,
+        "int8_prepared": int8_case,
         "int8_weights_bf16": lambda *shape: int8_weights_case(*shape, bf16),
         **{name: partial(group_case, panel_format=FORMATS[name], activation=rows) for name, rows in GROUPS.items()},
         "sparse_f32": lambda *shape: sparse_case(*shape, values=weight_panels.F32, activation=f32),
@@ -221,6 +222,7 @@ FORMATS: dict[str, PanelFormat] = {
     "f32": weight_panels.F32,
     "bf16_panels": weight_panels.BF16,
     "int8": weight_panels.INT8,
+    "int8_prepared": weight_panels.INT8,
     "int8_weights_bf16": weight_panels.INT8,
     "int3_g64": grouped(3, 64, "middle"),
     "int4_g32_zp": grouped(4, 32, "points"),

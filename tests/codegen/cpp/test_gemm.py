@@ -90,6 +90,7 @@ void prepared_product(int num_rows, const void* rows, int64_t row_stride, const 
 EXPORT_FLOAT(f32, F32Panels)
 EXPORT_FLOAT(bf16_panels, BF16Panels)
 EXPORT_INT(int8, INT8Panels)
+EXPORT_PREPARED_INT(int8_prepared, INT8Panels)
 EXPORT_FLOAT(int8_weights_bf16, INT8WeightPanels<bf16>)
 EXPORT_INT(int3_g64, GroupPanels<3, 64, Zeros::MIDDLE>)
 EXPORT_INT(int4_g32_zp, GroupPanels<4, 32, Zeros::POINTS>)

@@ -143,11 +143,76 @@ using BF16Panels = BF16WeightPanels<bf16>;
 
 // ---- integers -------------------------------------------------------------------------------------------------------
 
+#if defined(__AVX2__) && !defined(__AVX512VNNI__) && !defined(__AVXVNNI__)
+// INT8 times INT8 without an instruction for it: rows come as 16-bit integers, of each four those at even places before
+// those at odd places, so that pairs of them meet the even and the odd bytes of a word. One tile of rows meets many
+// panels, and is taken apart once. Weights are stored as in INT8Panels.
+struct INT16PairPanels {
+    using activation = int16_t;
+    using accumulator = int32_t;
+    static constexpr int MAX_ROWS = ROWS_IN_PASSES;
+
+    static constexpr int64_t panel_bytes(int64_t k) { return (k + 3) / 4 * PANEL * 4; }
+
+    template <int ROWS>
+    __attribute__((noinline)) static void multiply(const int16_t* rows, int64_t row_stride, const void* panel, int64_t k,
+                                                   const int32_t* row_sums, int32_t (*tile)[PANEL]) {
+        constexpr int VECTORS = vectors_of_pass<ROWS>();
+        for (int first = 0; first < PANEL_VECTORS; first += VECTORS) {
+            native_i32 sums[ROWS][VECTORS] = {};
+            const uint32_t* words = static_cast<const uint32_t*>(panel) + first * NATIVE_LANES;
+            const int16_t* pairs = rows;
+            for (int64_t steps = (k + 3) / 4; steps > 0; --steps) {
+                prefetch_words<ROWS, VECTORS>(words);
+                add_pairs<ROWS>(pairs, row_stride * 2, words, even_bytes, sums);
+                add_pairs<ROWS>(pairs + 2, row_stride * 2, words, odd_bytes, sums);
+                pairs += 4;
+                words += PANEL;
+            }
+            INFERCOMP_UNROLL
+            for (int row = 0; row < ROWS; ++row) {
+                INFERCOMP_UNROLL
+                for (int v = 0; v < VECTORS; ++v) sums[row][v] -= 128 * row_sums[row];
+            }
+            store_tile(sums, tile, first);
+        }
+    }
+
+private:
+    INFERCOMP_INLINE static native_u32 even_bytes(native_u32 word) { return word & 0x00ff00ffu; }
+
+    INFERCOMP_INLINE static native_u32 odd_bytes(native_u32 word) { return native_u32(native_u16_pairs(word) >> 8); }
+
+    template <int ROWS, class Bytes, int VECTORS>
+    INFERCOMP_INLINE static void add_pairs(const int16_t* pairs, int64_t row_bytes, const uint32_t* words,
+                                           Bytes bytes_of, native_i32 (&sums)[ROWS][VECTORS]) {
+        native_u32 weights[VECTORS];
+        load_words(words, weights);
+        INFERCOMP_UNROLL
+        for (int v = 0; v < VECTORS; ++v) weights[v] = bytes_of(weights[v]);
+        INFERCOMP_UNROLL
+        for (int row = 0; row < ROWS; ++row) {
+            const char* source = reinterpret_cast<const char*>(pairs) + row * row_bytes;
+            const native_u32 pair = load<uint32_t>(source) - native_u32{};
+            INFERCOMP_UNROLL
+            for (int v = 0; v < VECTORS; ++v) {
+                sums[row][v] += dot_int16(weights[v], pair);
+                // Else GCC multiplies for all rows before it adds, and has no room for so many products.
+                asm volatile("" : "+v"(sums[row][v]));
+            }
+        }
+    }
+};
+#endif
+
 // INT8 times INT8. Weights are stored as weight + 128, so 128 · Σ activations (`row_sums`, one a row) is taken off
 // again: the tile is the exact sum of products, for k up to 65,793.
 struct INT8Panels {
     using activation = int8_t;
     using accumulator = int32_t;
+#if defined(__AVX2__) && !defined(__AVX512VNNI__) && !defined(__AVXVNNI__)
+    using Widened = INT16PairPanels;
+#endif
     static constexpr int MAX_ROWS = ROWS_OF_INTEGERS;
 
     static constexpr int64_t panel_bytes(int64_t k) { return (k + 3) / 4 * PANEL * 4; }

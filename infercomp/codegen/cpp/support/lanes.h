@@ -38,6 +38,7 @@ typedef float native_f32 __attribute__((vector_size(NATIVE_LANES * 4)));
 typedef int32_t native_i32 __attribute__((vector_size(NATIVE_LANES * 4)));
 typedef uint32_t native_u32 __attribute__((vector_size(NATIVE_LANES * 4)));
 typedef int16_t native_i16_pairs __attribute__((vector_size(NATIVE_LANES * 4)));
+typedef uint16_t native_u16_pairs __attribute__((vector_size(NATIVE_LANES * 4)));
 typedef uint16_t native_u16 __attribute__((vector_size(NATIVE_LANES * 2)));
 typedef uint8_t native_u8 __attribute__((vector_size(NATIVE_LANES)));
 

@@ -120,23 +120,39 @@ Stream product_stream(const Product& p, int64_t task, const uint8_t* panels) {
     return {panels + task * bytes, bytes};
 }
 
-inline void prepare(bf16 value, float& prepared) { prepared = to_float(value); }
+inline void prepare_row(const bf16* row, int64_t count, float* prepared) {
+    for (int64_t k = 0; k < count; ++k) prepared[k] = to_float(row[k]);
+}
 
-inline void prepare(int8_t value, uint8_t& prepared) { prepared = uint8_t(value + 128); }
+inline void prepare_row(const int8_t* row, int64_t count, uint8_t* prepared) {
+    for (int64_t k = 0; k < count; ++k) prepared[k] = uint8_t(row[k] + 128);
+}
+
+// In fours, the last filled up with zeros: those at even places before those at odd places.
+inline void prepare_row(const int8_t* row, int64_t count, int16_t* prepared) {
+    const int64_t whole = count / 4 * 4;
+    for (int64_t k = 0; k < whole; k += 4) {
+        for (int i = 0; i < 4; ++i) prepared[k + i] = row[k + i % 2 * 2 + i / 2];
+    }
+    if (whole == count) return;
+    for (int i = 0; i < 4; ++i) {
+        const int64_t from = whole + i % 2 * 2 + i / 2;
+        prepared[whole + i] = from < count ? row[from] : int16_t(0);
+    }
+}
 
 template <class From, class To>
 const To* prepared_rows(const From* rows, int64_t num_rows, const Product& p, int64_t& row_stride) {
     if constexpr (std::is_same_v<From, To>) {
         return rows;
     } else {
-        // Copied, as bytes that are written might otherwise be these.
-        const int64_t stride = row_stride, reduced = p.reduced;
-        To* wide = static_cast<To*>(scratch<To>(num_rows * reduced * sizeof(To)));
+        const int64_t length = (p.reduced + 3) / 4 * 4;
+        To* prepared = static_cast<To*>(scratch<To>(num_rows * length * sizeof(To)));
         for (int64_t row = 0; row < num_rows; ++row) {
-            for (int64_t k = 0; k < reduced; ++k) prepare(rows[row * stride + k], wide[row * reduced + k]);
+            prepare_row(rows + row * row_stride, p.reduced, prepared + row * length);
         }
-        row_stride = p.reduced;
-        return wide;
+        row_stride = length;
+        return prepared;
     }
 }
 
