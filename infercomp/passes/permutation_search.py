@@ -60,7 +60,7 @@ class PermutationSearch:
     num_swaps_limit: int = 16
     """The most random swaps in one regression; there are one to as many."""
 
-    num_stripe_pairs: int = 64
+    num_stripe_pairs: int = 16
     """Stripe pairs shared out anew in one round of "deep"."""
 
     seed: int = 0
