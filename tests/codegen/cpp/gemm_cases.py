@@ -34,13 +34,20 @@ class Case:
     weight: Tensor  # float64 [N, K]
     tolerance: Tensor | float  # [R, N] or 0: exact
 
-    def product(self, library: ctypes.CDLL, kernel: str, block: int | None = None, rows: slice = slice(None)) -> Tensor:
-        """[R, P * 32], in blocks of `block` rows."""
+    def product(
+        self,
+        library: ctypes.CDLL,
+        kernel: str,
+        block: int | None = None,
+        rows: slice = slice(None),
+        entry: str = "",
+    ) -> Tensor:
+        """[R, P * 32], in blocks of `block` rows, or as `entry` of the kernel has them."""
         activations = self.rows[rows]
         dtype = torch.int32 if kernel in ("int8", "int8_prepared", "sparse_int8") else torch.float32
         output = torch.full((len(activations), len(self.row_order)), 99, dtype=dtype)
         sums = self.row_sums[rows].contiguous() if self.row_sums is not None else torch.empty(1, 1, dtype=torch.int32)
-        getattr(library, kernel)(
+        getattr(library, kernel + entry)(
             len(activations),
             pointer(activations),
             ctypes.c_int64(activations.stride(0)),
@@ -243,7 +250,8 @@ FORMATS: dict[str, PanelFormat] = {
     "sparse_int4_g64_bf16": sparse_grouped(4, 64, "middle"),
     "sparse_int8_g96": sparse_grouped(8, 96, "middle"),
 }
-SHAPES = st.tuples(st.integers(1, 30), st.integers(1, 80), st.integers(1, 150), st.booleans(), st.integers(0, 999))
+SEEDS = st.integers(0, 999)
+SHAPES = st.tuples(st.integers(1, 30), st.integers(1, 80), st.integers(1, 150), st.booleans(), SEEDS)
 
 
 def draw_case(kernel: str, shape: tuple[int, int, int, bool, int]) -> Case:

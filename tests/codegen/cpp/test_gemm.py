@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from codegen.cpp.gemm_cases import FORMATS, SHAPES, Case, draw_case, pointer, poisoned
+from codegen.cpp.gemm_cases import FORMATS, SEEDS, SHAPES, Case, draw_case, pointer, poisoned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -58,6 +58,20 @@ void prepared_product(int num_rows, const void* rows, int64_t row_stride, const 
     const auto* prepared = prepared_rows<From, typename Multiplied::activation>(
         static_cast<const From*>(rows), num_rows, shape, row_stride);
     product<Multiplied>(num_rows, prepared, row_stride, panels, num_panels, k, block, output, row_sums...);
+}
+
+// The same cut into tasks.
+template <class Format>
+void product_in_tasks(int num_rows, const void* rows, int64_t row_stride, const uint8_t* panels, int num_panels,
+                      int64_t k, char* output, const int32_t* sums, int64_t sums_stride) {
+    const Product shape{num_rows, num_panels, k, row_stride, sums_stride};
+    const auto* activations = static_cast<const typename Format::activation*>(rows);
+    for (int64_t task = 0; task < num_product_tasks<Format, Panels>(shape); ++task) {
+        run_product_task<Format>(shape, task, activations, sums, Panels{panels},
+            [=](int64_t row, int64_t panel, const auto* products) {
+                std::memcpy(output + (row * num_panels + panel) * PANEL * 4, products, PANEL * 4);
+            });
+    }
 }
 
 #define EXPORT(name, ...) \\
@@ -110,6 +124,20 @@ EXPORT_PREPARED_INT(sparse_int8, SparseINT8Panels)
 EXPORT_FLOAT(sparse_int4_g32_zp, SparseGroupWeightPanels<4, 32, Zeros::POINTS, float>)
 EXPORT_PREPARED_FLOAT(sparse_int4_g64_bf16, SparseGroupWeightPanels<4, 64, Zeros::MIDDLE, bf16>)
 EXPORT_FLOAT(sparse_int8_g96, SparseGroupWeightPanels<8, 96, Zeros::MIDDLE, float>)
+
+#define EXPORT_IN_TASKS(name, ...) \\
+    extern "C" void name##_in_tasks(int num_rows, const void* rows, int64_t row_stride, const uint8_t* panels, \\
+                                    int num_panels, int64_t k, int, char* output, const int32_t* sums, \\
+                                    int64_t sums_stride) { \\
+        product_in_tasks<__VA_ARGS__>(num_rows, rows, row_stride, panels, num_panels, k, output, sums, sums_stride); \\
+    }
+
+EXPORT_IN_TASKS(f32, F32Panels)
+EXPORT_IN_TASKS(bf16_panels, BF16Panels)
+EXPORT_IN_TASKS(int8, INT8Panels)
+EXPORT_IN_TASKS(int3_g64, GroupPanels<3, 64, Zeros::MIDDLE>)
+EXPORT_IN_TASKS(int4_g32_zp, GroupPanels<4, 32, Zeros::POINTS>)
+EXPORT_IN_TASKS(int4_g32_zv, GroupPanels<4, 32, Zeros::VALUES>)
 
 template <class Format, class Source>
 void unpacked(int num_rows, const void* rows, int64_t row_stride, const Source& weight, int64_t k, float* panel,
@@ -178,6 +206,18 @@ def test_product_and_its_bits(
         assert torch.equal(whole, case.product(library, kernel, block=min(block, max_rows))), name
         last = slice(len(case.rows) - 1, None)
         assert torch.equal(whole[last], case.product(library, kernel, rows=last)), name
+
+
+@pytest.mark.parametrize("kernel", ["f32", "bf16_panels", "int8", "int3_g64", "int4_g32_zp", "int4_g32_zv"])
+@settings(max_examples=12)
+@given(shape=st.tuples(st.sampled_from([1, 1, 2, 9]), st.integers(1, 400), st.integers(1, 150), st.just(False), SEEDS))
+def test_tasks_make_every_panel(
+    kernel: str, libraries: dict[str, ctypes.CDLL], shape: tuple[int, int, int, bool, int]
+) -> None:
+    """A row has the same bits whether its panels are read one by one or two side by side."""
+    case = draw_case(kernel, shape)
+    for name, library in libraries.items():
+        assert torch.equal(case.product(library, kernel), case.product(library, kernel, entry="_in_tasks")), name
 
 
 @pytest.mark.parametrize("kernel", ["int8", "int4_g64", "int8_g32"])

@@ -42,7 +42,7 @@ struct ClusteredWeightPanels {
     using activation = Activation;
     using accumulator = float;
     using Widened = ClusteredWeightPanels<ROOM, float>;
-    static constexpr int MAX_ROWS = ROWS_IN_REGISTERS;
+    static constexpr int MAX_ROWS = ROWS_IN_REGISTERS, PANELS_OF_ONE_ROW = 1;
     static constexpr int64_t TABLES_BYTES = PANEL * 4, COUNTS_BYTES = 64;
 
     struct Outlier {

@@ -152,7 +152,10 @@ public:
     // Called again and again while phase `current` is waited for; false if there is nothing to bring.
     bool bring_some(size_t current) {
         if (phase_ <= current) look_for_stream(current);
-        for (int line = 0; line < LINES_AT_ONCE && next_ < end_; ++line, next_ += 64) __builtin_prefetch(next_, 0, 2);
+        for (int line = 0; line < LINES_AT_ONCE && next_ < end_; ++line, next_ += 64) {
+            __builtin_prefetch(next_, 0, 2);
+            if (to_second_ != 0) __builtin_prefetch(next_ + to_second_, 0, 2);
+        }
         return next_ < end_;
     }
 
@@ -172,7 +175,9 @@ private:
             if (call.kernel->stream == nullptr || task >= call.num_tasks) continue;
             const Stream stream = call.kernel->stream(step_.pointers_of(call), step_.sizes_of(call), task);
             next_ = static_cast<const char*>(stream.start);
-            end_ = next_ + std::min(MAX_BYTES, stream.num_bytes * (call.num_tasks - task));
+            to_second_ = stream.bytes_to_second;
+            const int64_t most_bytes = to_second_ != 0 ? std::min(MAX_BYTES / 2, to_second_) : MAX_BYTES;
+            end_ = next_ + std::min(most_bytes, stream.num_bytes * (call.num_tasks - task));
             return;
         }
     }
@@ -182,6 +187,7 @@ private:
     size_t phase_ = 0;
     const char* next_ = nullptr;
     const char* end_ = nullptr;
+    int64_t to_second_ = 0;
 };
 
 bool wait_for(Step& step, size_t current, uint64_t number, Ahead& ahead) {

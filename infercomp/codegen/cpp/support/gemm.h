@@ -109,7 +109,7 @@ struct BF16Panels {
     using activation = bf16;
     using accumulator = float;
     using Widened = BF16Panels;
-    static constexpr int MAX_ROWS = ROWS_IN_REGISTERS;
+    static constexpr int MAX_ROWS = ROWS_IN_REGISTERS, PANELS_OF_ONE_ROW = 1;
     static constexpr int MAX_UNPACKED_ROWS = UNPACKED_ROWS_IN_REGISTERS;
 
     static constexpr int64_t panel_bytes(int64_t k) { return (k + 1) / 2 * PANEL * 4; }
@@ -150,22 +150,23 @@ using BF16Panels = BF16WeightPanels<bf16>;
 struct INT16PairPanels {
     using activation = int16_t;
     using accumulator = int32_t;
-    static constexpr int MAX_ROWS = ROWS_IN_PASSES;
+    static constexpr int MAX_ROWS = ROWS_IN_PASSES, PANELS_OF_ONE_ROW = MAX_PANELS;
 
     static constexpr int64_t panel_bytes(int64_t k) { return (k + 3) / 4 * PANEL * 4; }
 
-    template <int ROWS>
+    template <int ROWS, int PANELS = 1>
     __attribute__((noinline)) static void multiply(const int16_t* rows, int64_t row_stride, const void* panel, int64_t k,
-                                                   const int32_t* row_sums, int32_t (*tile)[PANEL]) {
-        constexpr int VECTORS = vectors_of_pass<ROWS>();
+                                                   const int32_t* row_sums, int32_t (*tile)[PANEL],
+                                                   int64_t bytes_to_second = 0) {
+        constexpr int VECTORS = PANELS * vectors_of_pass<ROWS>();
         for (int first = 0; first < PANEL_VECTORS; first += VECTORS) {
             native_i32 sums[ROWS][VECTORS] = {};
             const uint32_t* words = static_cast<const uint32_t*>(panel) + first * NATIVE_LANES;
             const int16_t* pairs = rows;
             for (int64_t steps = (k + 3) / 4; steps > 0; --steps) {
-                prefetch_words<ROWS, VECTORS>(words);
-                add_pairs<ROWS>(pairs, row_stride * 2, words, even_bytes, sums);
-                add_pairs<ROWS>(pairs + 2, row_stride * 2, words, odd_bytes, sums);
+                prefetch_words<ROWS, VECTORS>(words, bytes_to_second / 4);
+                add_pairs<ROWS>(pairs, row_stride * 2, words, bytes_to_second / 4, even_bytes, sums);
+                add_pairs<ROWS>(pairs + 2, row_stride * 2, words, bytes_to_second / 4, odd_bytes, sums);
                 pairs += 4;
                 words += PANEL;
             }
@@ -185,9 +186,9 @@ private:
 
     template <int ROWS, class Bytes, int VECTORS>
     INFERCOMP_INLINE static void add_pairs(const int16_t* pairs, int64_t row_bytes, const uint32_t* words,
-                                           Bytes bytes_of, native_i32 (&sums)[ROWS][VECTORS]) {
+                                           int64_t second, Bytes bytes_of, native_i32 (&sums)[ROWS][VECTORS]) {
         native_u32 weights[VECTORS];
-        load_words(words, weights);
+        load_words(words, weights, second);
         INFERCOMP_UNROLL
         for (int v = 0; v < VECTORS; ++v) weights[v] = bytes_of(weights[v]);
         INFERCOMP_UNROLL
@@ -213,7 +214,7 @@ struct INT8Panels {
 #if defined(__AVX2__) && !defined(__AVX512VNNI__) && !defined(__AVXVNNI__)
     using Widened = INT16PairPanels;
 #endif
-    static constexpr int MAX_ROWS = ROWS_OF_INTEGERS;
+    static constexpr int MAX_ROWS = ROWS_OF_INTEGERS, PANELS_OF_ONE_ROW = 1;
 
     static constexpr int64_t panel_bytes(int64_t k) { return (k + 3) / 4 * PANEL * 4; }
 

@@ -25,8 +25,8 @@ template <int BITS>
 struct Codes {
     static constexpr int STORED = 1, WORDS = 1, FIELD = BITS, PER_WORD = 32 / BITS;
 
-    INFERCOMP_INLINE static native_u32 word(const uint32_t* step, int, int v) {
-        return load<native_u32>(step + v * NATIVE_LANES);
+    INFERCOMP_INLINE static native_u32 word(const uint32_t* step, int, int v, int64_t second) {
+        return load<native_u32>(step + place_of(v, second));
     }
 };
 
@@ -34,9 +34,10 @@ template <>
 struct Codes<3> {
     static constexpr int STORED = 3, WORDS = 4, FIELD = 4, PER_WORD = 8;
 
-    INFERCOMP_INLINE static native_u32 word(const uint32_t* step, int index, int v) {
-        const native_u32 low = load<native_u32>(step + index / 2 * PANEL + v * NATIVE_LANES) >> (index % 2 * 2);
-        const native_u32 bits = load<native_u32>(step + 2 * PANEL + v * NATIVE_LANES);
+    INFERCOMP_INLINE static native_u32 word(const uint32_t* step, int index, int v, int64_t second) {
+        const uint32_t* words = step + place_of(v, second);
+        const native_u32 low = load<native_u32>(words + index / 2 * PANEL) >> (index % 2 * 2);
+        const native_u32 bits = load<native_u32>(words + 2 * PANEL);
         const native_u32 high = index < 2 ? bits << (2 - index) : bits >> (index - 2);
         return (low & 0x33333333u) | (high & 0x44444444u);
     }
@@ -73,7 +74,7 @@ template <int BITS, int GROUP>
 constexpr int64_t CODE_BYTES = GROUP / (Codes<BITS>::WORDS * Codes<BITS>::PER_WORD) * Codes<BITS>::STORED * PANEL * 4;
 
 // One group of a panel: its codes, then the 32 scales, then the 32 zeros, if it has any. Registers of outputs count from
-// `first` on.
+// `first` on, and go on `to_second` bytes further in a second panel.
 template <int BITS, int GROUP, Zeros ZEROS, int64_t SCALES = CODE_BYTES<BITS, GROUP>>
 struct CodeGroup {
     static_assert(GROUP % 32 == 0);
@@ -84,6 +85,7 @@ struct CodeGroup {
     static constexpr int64_t ZEROS_AT = SCALES_AT + PANEL * 2;
     static constexpr int64_t BYTES = ZEROS_AT + PANEL * (ZEROS == Zeros::VALUES ? 2 : ZEROS == Zeros::POINTS ? 1 : 0);
     const char* start;
+    int64_t to_second = 0;
     int first = 0;
 
     INFERCOMP_INLINE const uint32_t* words() const {
@@ -99,7 +101,7 @@ struct CodeGroup {
     INFERCOMP_INLINE native_i32 points(int v) const {
         if constexpr (ZEROS == Zeros::MIDDLE) return (1 << (BITS - 1)) - native_i32{};
         if constexpr (ZEROS == Zeros::VALUES) return native_i32{};
-        const char* source = start + ZEROS_AT + (first + v) * NATIVE_LANES;
+        const char* source = start + ZEROS_AT + first * NATIVE_LANES + place_of(v, to_second);
 #if defined(__AVX512BW__)
         return (native_i32)_mm512_maskz_cvtepu8_epi32(0xffff, load<__m128i>(source));
 #else
@@ -108,11 +110,17 @@ struct CodeGroup {
 #endif
     }
 
+    // In a tile from the first of its rows on, `num_rows` of each panel.
+    INFERCOMP_INLINE float* place_in(float (*tile)[PANEL], int num_rows, int v) const {
+        return tile[v / PANEL_VECTORS * num_rows] + first * NATIVE_LANES + place_of(v, 0);
+    }
+
     static constexpr int64_t panel_bytes(int64_t k) { return (k / GROUP * BYTES + 63) / 64 * 64; }
 
 private:
     INFERCOMP_INLINE native_f32 halves(int64_t at, int v) const {
-        return halves_to_floats(reinterpret_cast<const uint16_t*>(start + at) + (first + v) * NATIVE_LANES);
+        const auto* source = reinterpret_cast<const uint16_t*>(start + at) + first * NATIVE_LANES;
+        return halves_to_floats(source + place_of(v, to_second / 2));
     }
 };
 
@@ -127,7 +135,7 @@ INFERCOMP_INLINE void add_group(const Group& group, const native_f32 (&sums)[ROW
     for (int row = 0; row < ROWS; ++row) {
         INFERCOMP_UNROLL
         for (int v = 0; v < VECTORS; ++v) {
-            float* target = tile[row] + (group.first + v) * NATIVE_LANES;
+            float* target = group.place_in(tile + row, ROWS, v);
             store(target, load<native_f32>(target) + scales[v] * sums[row][v]);
         }
     }
@@ -141,7 +149,7 @@ INFERCOMP_INLINE void add_zeros(const Group& group, const float* row_sums, float
     for (int row = 0; row < ROWS; ++row) {
         INFERCOMP_UNROLL
         for (int v = 0; v < VECTORS; ++v) {
-            float* target = tile[row] + (group.first + v) * NATIVE_LANES;
+            float* target = group.place_in(tile + row, ROWS, v);
             store(target, load<native_f32>(target) + group.values(v) * row_sums[row]);
         }
     }
@@ -155,42 +163,45 @@ struct GroupPanels {
     using accumulator = float;
     using Group = CodeGroup<BITS, GROUP, ZEROS>;
     using Code = typename Group::Code;
-    static constexpr int MAX_ROWS = ROWS_OF_INTEGERS;
+    static constexpr int MAX_ROWS = ROWS_OF_INTEGERS, PANELS_OF_ONE_ROW = MAX_PANELS;
 
     static constexpr int64_t panel_bytes(int64_t k) { return Group::panel_bytes(k); }
 
-    template <int ROWS>
+    template <int ROWS, int PANELS = 1>
     __attribute__((noinline)) static void multiply(const int8_t* rows, int64_t row_stride, const void* panel, int64_t k,
-                                                   const int32_t* row_sums, float (*tile)[PANEL]) {
+                                                   const int32_t* row_sums, float (*tile)[PANEL],
+                                                   int64_t bytes_to_second = 0) {
+        constexpr int VECTORS = PANELS * vectors_of_pass<ROWS>();
         const int64_t num_groups = k / GROUP;
-        std::memset(tile, 0, sizeof(*tile) * ROWS);
-        Group group{static_cast<const char*>(panel)};
+        std::memset(tile, 0, sizeof(*tile) * PANELS * ROWS);
+        Group group{static_cast<const char*>(panel), bytes_to_second};
         for (int64_t index = 0; index < num_groups; ++index) {
-            for (group.first = 0; group.first < PANEL_VECTORS; group.first += vectors_of_pass<ROWS>()) {
-                multiply_group<ROWS>(rows + index * GROUP, row_stride, group, row_sums + index, num_groups, tile);
+            for (group.first = 0; group.first < PANEL_VECTORS; group.first += VECTORS) {
+                const int32_t* group_sums = row_sums + index;
+                multiply_group<ROWS, VECTORS>(rows + index * GROUP, row_stride, group, group_sums, num_groups, tile);
             }
             group.start += Group::BYTES;
         }
     }
 
 private:
-    template <int ROWS>
+    template <int ROWS, int VECTORS>
     INFERCOMP_INLINE static void multiply_group(const int8_t* rows, int64_t row_stride, Group group,
                                                 const int32_t* row_sums, int64_t num_groups, float (*tile)[PANEL]) {
-        constexpr int VECTORS = vectors_of_pass<ROWS>();
         native_i32 sums[ROWS][VECTORS] = {};
         if constexpr (ZEROS != Zeros::VALUES) start_sums(group, row_sums, num_groups, sums);
         const uint32_t* panel = group.words();
+        const int64_t second = group.to_second / 4;
         for (int64_t step = 0; step < Group::STEPS; ++step) {
-            prefetch<ROWS>(panel, Code::STORED * PANEL * 4);
+            prefetch<ROWS, VECTORS>(panel, Code::STORED * PANEL * 4, group.to_second);
             INFERCOMP_UNROLL
             for (int word = 0; word < Code::WORDS; ++word) {
-                add_word(rows + word * Code::PER_WORD, row_stride, panel, word, sums);
+                add_word(rows + word * Code::PER_WORD, row_stride, panel, second, word, sums);
             }
             rows += Group::PER_STEP;
             panel += Code::STORED * PANEL;
         }
-        prefetch<ROWS>(panel, Group::BYTES - Group::SCALES_AT);
+        prefetch<ROWS, VECTORS>(panel, Group::BYTES - Group::SCALES_AT, group.to_second);
         native_f32 floats[ROWS][VECTORS];
         INFERCOMP_UNROLL
         for (int row = 0; row < ROWS; ++row) {
@@ -229,11 +240,11 @@ private:
     }
 
     template <int ROWS, int VECTORS>
-    INFERCOMP_INLINE static void add_word(const int8_t* rows, int64_t row_stride, const uint32_t* step, int word,
-                                          native_i32 (&sums)[ROWS][VECTORS]) {
+    INFERCOMP_INLINE static void add_word(const int8_t* rows, int64_t row_stride, const uint32_t* step, int64_t second,
+                                          int word, native_i32 (&sums)[ROWS][VECTORS]) {
         native_u32 words[VECTORS];
         INFERCOMP_UNROLL
-        for (int v = 0; v < VECTORS; ++v) words[v] = Code::word(step, word, v);
+        for (int v = 0; v < VECTORS; ++v) words[v] = Code::word(step, word, v, second);
         INFERCOMP_UNROLL
         for (int part = 0; part < Code::PER_WORD / 4; ++part) {
             INFERCOMP_UNROLL
@@ -277,7 +288,7 @@ struct GroupWeightPanels {
     using Widened = GroupWeightPanels<BITS, GROUP, ZEROS, float>;
     using Group = CodeGroup<BITS, GROUP, ZEROS>;
     using Code = typename Group::Code;
-    static constexpr int MAX_ROWS = ROWS_IN_PASSES;
+    static constexpr int MAX_ROWS = ROWS_IN_PASSES, PANELS_OF_ONE_ROW = 1;
 
     static constexpr int64_t panel_bytes(int64_t k) { return Group::panel_bytes(k); }
 
@@ -326,11 +337,11 @@ private:
         Sums<native_f32, ROWS, VECTORS> sums[GROUPS] = {};
         INFERCOMP_UNROLL
         for (int g = 0; g < GROUPS; ++g) {
-            const Group group{groups + g * Group::BYTES, first};
+            const Group group{groups + g * Group::BYTES, 0, first};
             INFERCOMP_UNROLL
             for (int v = 0; v < VECTORS; ++v) decoders[g].set_zeros(to_floats(group.points(v)), v);
         }
-        const uint32_t* codes = Group{groups, first}.words();
+        const uint32_t* codes = Group{groups, 0, first}.words();
         const float* activations = rows;
         for (int64_t steps = Group::STEPS; steps > 0; --steps) {
             INFERCOMP_UNROLL
@@ -348,7 +359,7 @@ private:
         }
         INFERCOMP_UNROLL
         for (int g = 0; g < GROUPS; ++g) {
-            const Group group{groups + g * Group::BYTES, first};
+            const Group group{groups + g * Group::BYTES, 0, first};
             add_group(group, sums[g], tile);
             if constexpr (ZEROS == Zeros::VALUES) {
                 float row_sums[ROWS];
@@ -364,7 +375,7 @@ private:
                                           native_f32 (&sums)[ROWS][VECTORS]) {
         native_u32 words[VECTORS];
         INFERCOMP_UNROLL
-        for (int v = 0; v < VECTORS; ++v) words[v] = Code::word(step, word, v);
+        for (int v = 0; v < VECTORS; ++v) words[v] = Code::word(step, word, v, 0);
         INFERCOMP_UNROLL
         for (int i = 0; i < Code::PER_WORD; ++i) add_weights<ROWS, Order>(decoder, rows, row_bytes, words, i, sums);
     }

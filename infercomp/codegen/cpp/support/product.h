@@ -106,18 +106,41 @@ int64_t panels_of_task(const Product& p) {
     return p.rows < 96 ? 1 : std::min<int64_t>(4, std::max<int64_t>(1, BYTES / bytes));
 }
 
+// A single row may take two panels at a time. They are those of one half of the weight, and a quarter of it apart: so
+// two threads have two streams each.
+struct PanelPair {
+    int64_t first;
+    int64_t second;  // -1 where an odd number leaves the first alone
+};
+
+inline int64_t num_panel_pairs(int64_t panels) { return divide_up(divide_up(panels, 2), 2) + divide_up(panels / 2, 2); }
+
+inline PanelPair panel_pair(int64_t panels, int64_t task) {
+    const int64_t middle = divide_up(panels, 2), pairs_before = divide_up(middle, 2);
+    const bool is_before = task < pairs_before;
+    const int64_t begin = is_before ? 0 : middle, end = is_before ? middle : panels;
+    const int64_t first = begin + (is_before ? task : task - pairs_before), second = first + divide_up(end - begin, 2);
+    return {first, second < end ? second : -1};
+}
+
+template <class Format, class Weights>
+constexpr bool HAS_PAIRS = Weights::ARE_PACKED && WidenedOf<Format>::type::PANELS_OF_ONE_ROW == 2;
+
 template <class Format, class Weights>
 int64_t num_product_tasks(const Product& p) {
     if (p.rows == 0) return 0;
+    if (HAS_PAIRS<Format, Weights> && p.rows == 1) return num_panel_pairs(p.panels);
     return divide_up(p.panels, panels_of_task<Format>(p)) * divide_up(p.rows, rows_of_block<Format, Weights>(p));
 }
 
 // What a task streams of a packed weight; nothing where its rows are many, as then it computes rather than waits.
 template <class Format>
 Stream product_stream(const Product& p, int64_t task, const uint8_t* panels) {
-    if (p.rows > ROWS_READ_ONCE) return {nullptr, 0};
+    if (p.rows > ROWS_READ_ONCE) return {nullptr, 0, 0};
     const int64_t bytes = Format::panel_bytes(p.reduced);
-    return {panels + task * bytes, bytes};
+    if (!HAS_PAIRS<Format, Panels> || p.rows > 1) return {panels + task * bytes, bytes, 0};
+    const PanelPair pair = panel_pair(p.panels, task);
+    return {panels + pair.first * bytes, bytes, pair.second < 0 ? 0 : (pair.second - pair.first) * bytes};
 }
 
 inline void prepare_row(const bf16* row, int64_t count, float* prepared) {
@@ -172,6 +195,29 @@ const uint8_t* panels_from(const Weights& weights, int64_t first, int64_t last, 
     }
 }
 
+template <class Format>
+constexpr bool HAS_INTEGER_ROWS = std::is_same_v<typename Format::activation, int8_t>;
+
+template <class Format, class Row, class Epilogue>
+void run_pair(const Product& p, PanelPair pair, const Row* row, const int32_t* sums,
+              const uint8_t* panels, Epilogue epilogue) {
+    using Multiplied = typename WidenedOf<Format>::type;
+    alignas(64) typename Multiplied::accumulator tile[2][PANEL];
+    const int64_t bytes = Multiplied::panel_bytes(p.reduced), bytes_to_second = (pair.second - pair.first) * bytes;
+    const auto multiply = [&](auto... rest) {
+        const uint8_t* panel = panels + pair.first * bytes;
+        if (pair.second < 0) return Multiplied::template multiply<1>(row, 0, panel, p.reduced, rest...);
+        Multiplied::template multiply<1, 2>(row, 0, panel, p.reduced, rest..., bytes_to_second);
+    };
+    if constexpr (HAS_INTEGER_ROWS<Format>) {
+        multiply(sums, tile);
+    } else {
+        multiply(tile);
+    }
+    epilogue(0, pair.first, tile[0]);
+    if (pair.second >= 0) epilogue(0, pair.second, tile[1]);
+}
+
 // epilogue(row, panel, products) is called once for every row and panel of the task.
 template <class Format, class Weights, class Epilogue>
 void run_product_task(const Product& p, int64_t task, const typename Format::activation* left, const int32_t* sums,
@@ -196,6 +242,9 @@ void run_product_task(const Product& p, int64_t task, const typename Format::act
             return;
         }
     }
+    if constexpr (HAS_PAIRS<Format, Weights>) {
+        if (p.rows == 1) return run_pair<Format>(p, panel_pair(p.panels, task), rows, sums, weights.start, epilogue);
+    }
     const uint8_t* words = panels_from<Multiplied>(weights, first_panel, last_panel, p.reduced);
     const bool share_a_set = stride * int64_t(sizeof(*rows)) % 4096 == 0;
     const int64_t most = share_a_set ? std::min(Multiplied::MAX_ROWS, ROWS_OF_ONE_SET) : Multiplied::MAX_ROWS;
@@ -204,7 +253,7 @@ void run_product_task(const Product& p, int64_t task, const typename Format::act
         const int count = int(std::min(num_rows - first, tile_rows));
         for (int64_t panel = first_panel; panel < last_panel; ++panel) {
             const void* panel_words = words + (panel - first_panel) * Multiplied::panel_bytes(p.reduced);
-            if constexpr (std::is_same_v<typename Format::activation, int8_t>) {
+            if constexpr (HAS_INTEGER_ROWS<Format>) {
                 const int32_t* tile_sums = sums + (begin + first) * p.groups;
                 multiply_rows<Multiplied>(count, rows + first * stride, stride, panel_words, p.reduced, tile_sums, tile);
             } else {

@@ -22,7 +22,7 @@ struct SparseGroupWeightPanels {
     using accumulator = float;
     using Widened = SparseGroupWeightPanels<BITS, GROUP, ZEROS, float>;
     using Group = CodeGroup<BITS, GROUP, ZEROS, SPARSE_CODE_BYTES<BITS, GROUP>>;
-    static constexpr int MAX_ROWS = SPARSE_ROWS;
+    static constexpr int MAX_ROWS = SPARSE_ROWS, PANELS_OF_ONE_ROW = 1;
     static constexpr int PER_WORD = 32 / BITS;
 
     static constexpr int64_t panel_bytes(int64_t k) { return Group::panel_bytes(k); }

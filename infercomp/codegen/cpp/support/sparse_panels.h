@@ -92,7 +92,7 @@ struct SparseWeightPanels {
     using activation = Activation;
     using accumulator = float;
     using Widened = SparseWeightPanels<Words, float>;
-    static constexpr int MAX_ROWS = SPARSE_ROWS;
+    static constexpr int MAX_ROWS = SPARSE_ROWS, PANELS_OF_ONE_ROW = 1;
     static constexpr int STEP_WORDS = SPARSE_VALUES / Words::PER_WORD;
 
     static constexpr int64_t panel_bytes(int64_t k) { return sparse_panel_bytes(k, 4 / Words::PER_WORD); }
@@ -141,7 +141,7 @@ private:
 struct SparseUINT8Panels {
     using activation = uint8_t;
     using accumulator = int32_t;
-    static constexpr int MAX_ROWS = ROWS_IN_PASSES;
+    static constexpr int MAX_ROWS = ROWS_IN_PASSES, PANELS_OF_ONE_ROW = 1;
 
     static constexpr int64_t panel_bytes(int64_t k) { return sparse_panel_bytes(k, 1); }
 

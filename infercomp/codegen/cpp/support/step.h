@@ -72,6 +72,7 @@ void* scratch(size_t num_bytes) {
 struct Stream {
     const void* start;
     int64_t num_bytes;
+    int64_t bytes_to_second;  // where it reads from two places at a time, else 0
 };
 
 // A kernel: how many independent tasks a call has, and one of them. `stream` may be null.

@@ -86,17 +86,17 @@ INFERCOMP_INLINE void add_weights(const Words& decoder, const float* rows, int64
 }
 
 template <int VECTORS>
-INFERCOMP_INLINE void load_words(const uint32_t* source, native_u32 (&words)[VECTORS]) {
+INFERCOMP_INLINE void load_words(const uint32_t* source, native_u32 (&words)[VECTORS], int64_t second = 0) {
     INFERCOMP_UNROLL
-    for (int v = 0; v < VECTORS; ++v) words[v] = load<native_u32>(source + v * NATIVE_LANES);
+    for (int v = 0; v < VECTORS; ++v) words[v] = load<native_u32>(source + place_of(v, second));
 }
 
 // The products of one word of each output.
 template <int ROWS, class Order, class Words, int VECTORS>
 INFERCOMP_INLINE void add_words(const Words& decoder, const float* rows, int64_t row_bytes, const uint32_t* panel,
-                                native_f32 (&sums)[ROWS][VECTORS]) {
+                                int64_t second, native_f32 (&sums)[ROWS][VECTORS]) {
     native_u32 words[VECTORS];
-    load_words(panel, words);
+    load_words(panel, words, second);
     INFERCOMP_UNROLL
     for (int i = 0; i < Words::PER_WORD; ++i) add_weights<ROWS, Order>(decoder, rows, row_bytes, words, i, sums);
 }
@@ -104,16 +104,16 @@ INFERCOMP_INLINE void add_words(const Words& decoder, const float* rows, int64_t
 // `panel` starts at the first of the registers of outputs that have sums here.
 template <int ROWS, class Order = InOrder, class Words, int VECTORS>
 INFERCOMP_INLINE void add_products(const Words& decoder, const float* rows, int64_t row_bytes, const uint32_t* panel,
-                                   int64_t k, native_f32 (&sums)[ROWS][VECTORS]) {
+                                   int64_t k, native_f32 (&sums)[ROWS][VECTORS], int64_t second = 0) {
     for (int64_t steps = k / Words::PER_WORD; steps > 0; --steps) {
-        prefetch_words<ROWS, VECTORS>(panel);
-        add_words<ROWS, Order>(decoder, rows, row_bytes, panel, sums);
+        prefetch_words<ROWS, VECTORS>(panel, second);
+        add_words<ROWS, Order>(decoder, rows, row_bytes, panel, second, sums);
         panel += PANEL;
         rows += Order::advance(Words::PER_WORD);
     }
     if (const int rest = int(k % Words::PER_WORD)) {
         native_u32 words[VECTORS];
-        load_words(panel, words);
+        load_words(panel, words, second);
         for (int i = 0; i < rest; ++i) add_weights<ROWS, Order>(decoder, rows, row_bytes, words, i, sums);
     }
 }
@@ -125,7 +125,7 @@ constexpr int WIDENED_STRIDE = WIDENED + 16;
 
 template <int ROWS, class Words, int VECTORS>
 INFERCOMP_INLINE void add_products(const Words& decoder, const bf16* rows, int64_t row_bytes, const uint32_t* panel,
-                                   int64_t k, native_f32 (&sums)[ROWS][VECTORS]) {
+                                   int64_t k, native_f32 (&sums)[ROWS][VECTORS], int64_t second = 0) {
     using Order = EvenThenOdd<WIDENED>;
     alignas(64) float widened[ROWS * WIDENED_STRIDE];
     for (int64_t first = 0; first < k; first += WIDENED) {
@@ -135,7 +135,7 @@ INFERCOMP_INLINE void add_products(const Words& decoder, const bf16* rows, int64
             float* target = widened + row * WIDENED_STRIDE;
             count == WIDENED ? Order::widen(source, target) : Order::widen_first(source, count, target);
         }
-        add_products<ROWS, Order>(decoder, widened, WIDENED_STRIDE * 4, panel, count, sums);
+        add_products<ROWS, Order>(decoder, widened, WIDENED_STRIDE * 4, panel, count, sums, second);
         panel += WIDENED / Words::PER_WORD * PANEL;
     }
 }
@@ -158,20 +158,20 @@ struct WideningPanels {
     using accumulator = float;
     // What to use instead where the caller has the rows as floats, as when one tile of rows meets many panels.
     using Widened = WideningPanels<Words, float>;
-    static constexpr int MAX_ROWS = ROWS_IN_PASSES;
+    static constexpr int MAX_ROWS = ROWS_IN_PASSES, PANELS_OF_ONE_ROW = MAX_PANELS;
     static constexpr int MAX_UNPACKED_ROWS = UNPACKED_ROWS_IN_REGISTERS;
 
     static constexpr int64_t panel_bytes(int64_t k) { return (k + Words::PER_WORD - 1) / Words::PER_WORD * PANEL * 4; }
 
-    template <int ROWS>
+    template <int ROWS, int PANELS = 1>
     __attribute__((noinline)) static void multiply(const Activation* rows, int64_t row_stride, const void* panel,
-                                                   int64_t k, float (*tile)[PANEL]) {
-        constexpr int VECTORS = vectors_of_pass<ROWS>();
+                                                   int64_t k, float (*tile)[PANEL], int64_t bytes_to_second = 0) {
+        constexpr int VECTORS = PANELS * vectors_of_pass<ROWS>();
         const int64_t row_bytes = row_stride * sizeof(Activation);
         for (int first = 0; first < PANEL_VECTORS; first += VECTORS) {
             native_f32 sums[ROWS][VECTORS] = {};
             const uint32_t* words = static_cast<const uint32_t*>(panel) + first * NATIVE_LANES;
-            add_products<ROWS>(Words{}, rows, row_bytes, words, k, sums);
+            add_products<ROWS>(Words{}, rows, row_bytes, words, k, sums, bytes_to_second / 4);
             store_tile(sums, tile, first);
         }
     }
