@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -167,7 +168,7 @@ def sources_digest(sources: Sequence[str]) -> str:
 
 def _key(sources: str, flags: Sequence[str]) -> str:
     """The name of what is built of the texts with this digest, on this machine."""
-    return _digest((sources, *flags, _compiler_version(), _support_text(), _processor()))[:24]
+    return _digest((sources, *flags, _told(("--version",)), _target(tuple(flags)), _support_text()))[:24]
 
 
 def _digest(parts: Iterable[str]) -> str:
@@ -183,18 +184,24 @@ def _without_comments(source: str) -> str:
     return "\n".join(line for line in source.splitlines() if not line.startswith("//"))
 
 
-@lru_cache(maxsize=1)
-def _compiler_version() -> str:
-    return subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=True).stdout
+def _target(flags: tuple[str, ...]) -> str:
+    """The processor and instructions that these flags stand for, -march=native among them: what is predefined."""
+    return _told((*flags, "-dM", "-E", "-x", "c++", os.devnull))
+
+
+@lru_cache(maxsize=8)
+def _told(arguments: tuple[str, ...]) -> str:
+    command = [compiler(), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise BuildError(
+            f"{shlex.join(command)} failed:\n    {result.stderr.strip()}",
+            remedy='set CXX to a compiler that works, or use codegen="reference" to run without one',
+            field="codegen",
+        )
+    return result.stdout
 
 
 @lru_cache(maxsize=1)
 def _support_text() -> str:
     return "\0".join(path.read_text() for path in sorted(SUPPORT.iterdir()) if path.is_file())
-
-
-@lru_cache(maxsize=1)
-def _processor() -> str:
-    """What -march=native stands for here."""
-    command = [compiler(), "-march=native", "-Q", "--help=target"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
